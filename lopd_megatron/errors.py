@@ -1,0 +1,23 @@
+"""Errors a user can act on: one line with the value, the limit and the fix; exit code 2; no traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+EXIT_USER_ERROR = 2
+EXIT_REQUEUE = 85
+"""The program saved its state and stopped before it was finished: start the same command again."""
+
+
+class UserError(Exception):
+    """A wrong input. `str(error)` is shown as it is, so it names the value, the limit and the fix."""
+
+
+def run_program(main: Callable[[], int | None]) -> None:
+    """Run `main` as a whole program: a `UserError` becomes one line on stderr and exit code 2."""
+    try:
+        sys.exit(main() or 0)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
