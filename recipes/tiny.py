@@ -6,7 +6,7 @@ distils the teacher into it from rollouts written once. `make demo` runs them in
 
 from __future__ import annotations
 
-from lopd_megatron.config import EngineConfig, RunConfig, StageResources
+from lopd_megatron.config import EngineConfig, RunConfig
 from recipes import tiny_task as task
 
 DEMO = "runs/demo"
@@ -45,34 +45,33 @@ def _base() -> RunConfig:
     config.evaluation.num_samples_per_problem = 1
     config.evaluation.temperature = 0.0
     config.evaluation.top_p = 1.0
-    config.launch.stages = {"train": StageResources(gpus_per_node=0)}
     return config
 
 
-def _pretrain(name: str, model: str) -> RunConfig:
+def _pretrain(name: str, model: str, train_iters: int) -> RunConfig:
     config = _base()
     config.name = name
     config.run_dir = f"{DEMO}/{name}"
     config.model.student = f"{TASK}/{model}"
     config.loss.objective = "sft"
     config.data.prefixes = [f"{TASK}/gold/{name}"]
+    config.parallel.pipeline_model_parallel_size = 2
     config.optimizer.lr = 4e-3
     config.optimizer.min_lr = 4e-4
     config.optimizer.lr_warmup_iters = 20
-    config.train.train_iters = 1000
+    config.train.train_iters = train_iters
     config.train.log_interval = 50
-    config.evaluation.input = []
     return config
 
 
 def teacher() -> RunConfig:
     """The teacher: right solutions, mostly in style A."""
-    return _pretrain("teacher", "teacher_init")
+    return _pretrain("teacher", "teacher_init", 1000)
 
 
 def base() -> RunConfig:
     """The base student: both styles, a third of the facts corrupted."""
-    return _pretrain("base", "student_init")
+    return _pretrain("base", "student_init", 1500)
 
 
 def sft() -> RunConfig:

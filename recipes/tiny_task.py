@@ -108,8 +108,8 @@ def solution_tokens(
 ) -> np.ndarray:
     """`[n, 36]` int32: worked solutions, each step in style A with probability `style_a`.
 
-    With a `corruption` (from `corrupted_facts`), each use of a corrupted fact takes its fixed wrong value with
-    probability `corruption_rate`; the chain then goes on from the wrong value.
+    With a `corruption` (from `corrupted_facts`), each use of a corrupted fact takes its fixed wrong value
+    with probability `corruption_rate`; the chain then goes on from the wrong value.
     """
     count, facts = len(problems), true_facts()
     tokens = np.empty((count, SOLUTION_LENGTH), np.int32)

