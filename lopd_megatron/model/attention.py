@@ -1,0 +1,150 @@
+"""Packed attention without Transformer Engine: documents end to end in one THD row, causal inside each.
+
+Both classes are Megatron-Core `core_attention` modules for `PackedSeqParams(qkv_format="thd")`. Under context
+parallelism a document of s tokens is cut into 2·CP chunks and rank r holds chunks r and 2·CP−1−r (zigzag, so
+that causal work is even); keys and values are gathered over the context-parallel group, queries stay.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+
+class _PackedAttention(torch.nn.Module):
+    """Shared constructor: Megatron-Core passes these arguments to every `core_attention`."""
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__()
+        self.scale = softmax_scale or config.kv_channels**-0.5
+        self.cp_group = pg_collection.cp
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: None,
+        attn_mask_type: Any = None,
+        attention_bias: None = None,
+        packed_seq_params: Any = None,
+    ) -> torch.Tensor:
+        """query [t, heads, d], key and value [t, kv heads, d] → [t, heads·d]; t: of this CP rank."""
+        assert attention_mask is None
+        assert packed_seq_params is not None
+        output = self.attend(query, key, value, packed_seq_params)
+        return output.reshape(output.size(0), -1)
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: Any
+    ) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class SdpaAttention(_PackedAttention):
+    """torch scaled-dot-product attention, one document at a time: any device, any dtype, CP by gathered KV.
+
+    Reads cu_seqlens on the host, so on CUDA it synchronises once per layer; meant for CPU and as a reference.
+    """
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: Any
+    ) -> torch.Tensor:
+        bounds = packed.cu_seqlens_q.tolist()
+        size, rank = self.cp_group.size(), self.cp_group.rank()
+        if size > 1:
+            key, value = (_gather_context(part, self.cp_group) for part in (key, value))
+        else:
+            key, value = key[None], value[None]
+        outputs, start = [], 0
+        for begin, end in itertools.pairwise(bounds):
+            length = end - begin
+            stop = start + length // size
+            q = query[start:stop]
+            k, v = (part[:, start:stop].flatten(0, 1) for part in (key, value))
+            outputs.append(self._document(q, k, v, _zigzag_mask(length, size, rank, q.device)))
+            start = stop
+        return torch.cat(outputs)
+
+    def _document(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        q, k, v = (part.transpose(0, 1)[None] for part in (query, key, value))
+        output = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
+        )
+        return output[0].transpose(0, 1)
+
+
+class VarlenAttention(_PackedAttention):
+    """torch's variable-length flash attention: CUDA, half precision, no host synchronisation, no CP."""
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: Any
+    ) -> torch.Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        return varlen_attn(
+            query,
+            key,
+            value,
+            packed.cu_seqlens_q,
+            packed.cu_seqlens_kv,
+            packed.max_seqlen_q,
+            packed.max_seqlen_kv,
+            scale=self.scale,
+            window_size=(-1, 0),  # causal
+            enable_gqa=True,
+        )
+
+
+def zigzag_positions(length: int, size: int, rank: int, device: torch.device) -> torch.Tensor:
+    """Positions of a document of `length` tokens that context-parallel rank `rank` of `size` holds, int64."""
+    chunk = length // (2 * size)
+    first = torch.arange(rank * chunk, (rank + 1) * chunk, device=device)
+    last = 2 * size - 1 - rank
+    return torch.cat([first, torch.arange(last * chunk, (last + 1) * chunk, device=device)])
+
+
+def _zigzag_mask(length: int, size: int, rank: int, device: torch.device) -> torch.Tensor | None:
+    """bool [queries, keys], True where attended; keys in rank-major order. None: plain causal."""
+    if size == 1:
+        return None
+    keys = torch.cat([zigzag_positions(length, size, other, device) for other in range(size)])
+    queries = zigzag_positions(length, size, rank, device)
+    return keys[None, :] <= queries[:, None]
+
+
+class _GatherContext(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        whole = part.new_empty((group.size(), *part.shape))
+        dist.all_gather_into_tensor(whole, part.contiguous()[None], group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (whole,) = gradients
+        whole = whole.contiguous()
+        dist.all_reduce(whole, group=ctx.group)
+        return whole[ctx.group.rank()], None
+
+
+def _gather_context(part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """[t, heads, d] → [CP, t, heads, d]; the gradient sums what every rank sends back."""
+    return _GatherContext.apply(part, group)

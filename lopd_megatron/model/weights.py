@@ -1,0 +1,107 @@
+"""Weights between a Hugging Face folder and the live model chunks, tensor by tensor, in any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from lopd_megatron.errors import UserError
+from lopd_megatron.model.config import StudentSpec
+from lopd_megatron.model.hf_folder import HfFolder
+from lopd_megatron.model.names import (
+    Weight,
+    canonical_name,
+    global_name,
+    merge,
+    shard,
+    tied_copy,
+    weight_table,
+)
+from lopd_megatron.model.student import StudentModel
+from lopd_megatron.parallel.topology import Topology
+
+
+def load_hf(
+    chunks: Sequence[StudentModel], folder: str | Path, spec: StudentSpec, topology: Topology
+) -> None:
+    """Set every parameter of `chunks` from the safetensors of `folder`; no collectives.
+
+    Each rank reads the tensors its parameters are made of, one at a time. A tensor that the model has no
+    place for, a parameter without a tensor and a wrong shape are UserErrors that name them.
+    """
+    source = HfFolder(folder)
+    table = weight_table(spec)
+    check_coverage(source, table, spec)
+    for name, parameter in named_parameters(chunks, spec, topology):
+        weight = table[name]
+        tensor = _read_shard(source, weight, spec, topology)
+        if tensor.shape != parameter.shape:
+            raise UserError(
+                f"{' + '.join(weight.hf_names)} in {folder} gives shape {tuple(tensor.shape)} for {name}, "
+                f"which has {tuple(parameter.shape)}; config.json and weights do not belong together"
+            )
+        with torch.no_grad():
+            parameter.copy_(tensor)
+
+
+def named_parameters(
+    chunks: Sequence[StudentModel], spec: StudentSpec, topology: Topology
+) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(table name, parameter) of everything this rank holds; a name that the table lacks is an error."""
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    table = weight_table(spec)
+    expert_offset = topology.ep_rank * (spec.num_experts // topology.ep_size)
+    for chunk in chunks:
+        layer_offset = get_transformer_layer_offset(
+            spec.transformer_config, vp_stage=chunk.vp_stage, pp_rank=topology.pp_rank
+        )
+        for local, parameter in chunk.named_parameters():
+            name = global_name(canonical_name(local), layer_offset=layer_offset, expert_offset=expert_offset)
+            name = tied_copy(spec, name)
+            if name not in table:
+                raise UserError(f"Megatron parameter {local} ({name}) has no Hugging Face counterpart")
+            yield name, parameter
+
+
+def check_coverage(source: HfFolder, table: dict[str, Weight], spec: StudentSpec) -> None:
+    """Every tensor of the folder is used once and none is missing; else a UserError names the first ones."""
+    wanted = {hf_name for weight in table.values() for hf_name in weight.hf_names}
+    present = source.names()
+    if spec.tied_embeddings:
+        present.discard("lm_head.weight")  # a second copy of the embedding in some folders
+    for names, problem in ((wanted - present, "lacks"), (present - wanted, "has unknown")):
+        if names:
+            first = ", ".join(sorted(names)[:3])
+            raise UserError(
+                f"{source.folder} {problem} {len(names)} tensor(s): {first}; is it a whole "
+                f"{spec.hf_config['model_type']} model?"
+            )
+
+
+def _read_shard(source: HfFolder, weight: Weight, spec: StudentSpec, topology: Topology) -> torch.Tensor:
+    """This rank's part of a parameter, on the CPU, in the stored dtype."""
+    if weight.expert:
+        rank, size = topology.expert_tp_rank, topology.expert_tp_size
+    else:
+        rank, size = topology.tp_rank, topology.tp_size
+    if weight.vocabulary:
+        return _read_vocabulary_rows(source, weight.hf_names[0], spec, rank, size)
+    whole = merge(weight, [source.read(name) for name in weight.hf_names], spec)
+    return shard(weight, whole, rank, size)
+
+
+def _read_vocabulary_rows(
+    source: HfFolder, name: str, spec: StudentSpec, rank: int, size: int
+) -> torch.Tensor:
+    """Rows of the padded vocabulary; those that stand for no token are zero."""
+    stored = source.shape(name)[0]
+    if stored != spec.vocab_size:
+        raise UserError(f"{name} has {stored} rows and config.json says vocab_size {spec.vocab_size}")
+    per_rank = spec.padded_vocab_size // size
+    begin, end = rank * per_rank, (rank + 1) * per_rank
+    rows = source.read(name, slice(min(begin, stored), min(end, stored)))
+    padding = rows.new_zeros((per_rank - rows.shape[0], *rows.shape[1:]))
+    return torch.cat([rows, padding]) if len(padding) else rows
