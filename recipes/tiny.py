@@ -2,6 +2,7 @@
 
 teacher() and base() train on gold data, sft() fits the base to answers the teacher wrote, lightning_opd()
 distils the teacher into it from rollouts written once. `make demo` runs them in this order.
+Everything lies below `root`, which `tools/make_tiny_task.py` fills first.
 """
 
 from __future__ import annotations
@@ -10,16 +11,18 @@ from lopd_megatron.config import EngineConfig, RunConfig
 from recipes import tiny_task as task
 
 DEMO = "runs/demo"
-TASK = f"{DEMO}/task"
 LONGEST = task.PROMPT_LENGTH + task.SOLUTION_LENGTH + 9
 
 
-def _base() -> RunConfig:
+def _base(root: str) -> RunConfig:
     """What all tiny runs share: fp32 on CPU, 1,024-token rows, one-word tokens."""
     config = RunConfig()
     config.prompts.apply_chat_template = False
     config.prompts.max_prompt_tokens = task.PROMPT_LENGTH
-    config.prompts.contamination_files = [f"{TASK}/problems/valid.jsonl", f"{TASK}/problems/test.jsonl"]
+    config.prompts.contamination_files = [
+        f"{root}/task/problems/valid.jsonl",
+        f"{root}/task/problems/test.jsonl",
+    ]
     config.prompts.contamination_ngram = task.PROMPT_LENGTH
     engine = EngineConfig(
         max_model_len=LONGEST + 8,
@@ -40,7 +43,7 @@ def _base() -> RunConfig:
     config.optimizer.adam_beta2 = 0.95
     config.optimizer.lr_decay_style = "cosine"
     config.checkpoint.save_interval = 500
-    config.evaluation.input = [f"{TASK}/problems/test.jsonl"]
+    config.evaluation.input = [f"{root}/task/problems/test.jsonl"]
     config.evaluation.grader = "tiny"
     config.evaluation.num_samples_per_problem = 1
     config.evaluation.temperature = 0.0
@@ -48,13 +51,13 @@ def _base() -> RunConfig:
     return config
 
 
-def _pretrain(name: str, model: str, train_iters: int) -> RunConfig:
-    config = _base()
+def _pretrain(root: str, name: str, model: str, train_iters: int) -> RunConfig:
+    config = _base(root)
     config.name = name
-    config.run_dir = f"{DEMO}/{name}"
-    config.model.student = f"{TASK}/{model}"
+    config.run_dir = f"{root}/{name}"
+    config.model.student = f"{root}/task/{model}"
     config.loss.objective = "sft"
-    config.data.prefixes = [f"{TASK}/gold/{name}"]
+    config.data.prefixes = [f"{root}/task/gold/{name}"]
     config.parallel.pipeline_model_parallel_size = 2
     config.optimizer.lr = 4e-3
     config.optimizer.min_lr = 4e-4
@@ -64,24 +67,24 @@ def _pretrain(name: str, model: str, train_iters: int) -> RunConfig:
     return config
 
 
-def teacher() -> RunConfig:
+def teacher(root: str = DEMO) -> RunConfig:
     """The teacher: right solutions, mostly in style A."""
-    return _pretrain("teacher", "teacher_init", 1000)
+    return _pretrain(root, "teacher", "teacher_init", 1000)
 
 
-def base() -> RunConfig:
+def base(root: str = DEMO) -> RunConfig:
     """The base student: both styles, a third of the facts corrupted."""
-    return _pretrain("base", "student_init", 1500)
+    return _pretrain(root, "base", "student_init", 1500)
 
 
-def sft() -> RunConfig:
+def sft(root: str = DEMO) -> RunConfig:
     """SFT on 100 answers of the teacher: the style is learnt, most of the errors stay."""
-    config = _base()
+    config = _base(root)
     config.name = "sft"
-    config.run_dir = f"{DEMO}/sft"
-    config.model.student = f"{DEMO}/base/hf"
-    config.model.teacher = f"{DEMO}/teacher/hf"
-    config.prompts.input = [f"{TASK}/prompts/sft.jsonl"]
+    config.run_dir = f"{root}/sft"
+    config.model.student = f"{root}/base/hf"
+    config.model.teacher = f"{root}/teacher/hf"
+    config.prompts.input = [f"{root}/task/prompts/sft.jsonl"]
     config.rollout.generator = "teacher"
     config.loss.objective = "sft"
     config.optimizer.lr = 1e-3
@@ -91,13 +94,13 @@ def sft() -> RunConfig:
     return config
 
 
-def lightning_opd() -> RunConfig:
+def lightning_opd(root: str = DEMO) -> RunConfig:
     """Lightning OPD from 2,000 rollouts, one per prompt, with TP2 × PP2."""
-    config = sft()
+    config = sft(root)
     config.name = "lightning_opd"
-    config.run_dir = f"{DEMO}/lightning_opd"
-    config.model.student = f"{DEMO}/sft/hf"
-    config.prompts.input = [f"{TASK}/prompts/opd.jsonl"]
+    config.run_dir = f"{root}/lightning_opd"
+    config.model.student = f"{root}/sft/hf"
+    config.prompts.input = [f"{root}/task/prompts/opd.jsonl"]
     config.rollout.generator = "student"
     config.loss.objective = "lightning_opd"
     # The loss is a regression of log-ratios, and rare tokens with log π_T near −15 would rule it:
@@ -112,24 +115,24 @@ def lightning_opd() -> RunConfig:
     return config
 
 
-def lightning_opd_topk() -> RunConfig:
+def lightning_opd_topk(root: str = DEMO) -> RunConfig:
     """The same rollouts, and the teacher's most likely token beside the sampled one: 8 bytes more a token."""
-    config = lightning_opd()
+    config = lightning_opd(root)
     config.name = "lightning_opd_topk"
-    config.run_dir = f"{DEMO}/lightning_opd_topk"
+    config.run_dir = f"{root}/lightning_opd_topk"
     config.loss.objective = "topk_reverse_kl"
     config.scoring.topk = 1
     config.loss.topk = 1
     return config
 
 
-def after() -> RunConfig:
+def after(root: str = DEMO) -> RunConfig:
     """Fresh rollouts of the distilled student on the test problems: the reverse KL that is left."""
-    config = lightning_opd()
+    config = lightning_opd(root)
     config.name = "after"
-    config.run_dir = f"{DEMO}/after"
-    config.model.student = f"{DEMO}/lightning_opd/hf"
-    config.prompts.input = [f"{TASK}/problems/test.jsonl"]
+    config.run_dir = f"{root}/after"
+    config.model.student = f"{root}/lightning_opd/hf"
+    config.prompts.input = [f"{root}/task/problems/test.jsonl"]
     config.prompts.contamination_files = []
     config.lineage.allow_mismatch = "measures what is left of the reverse KL; nothing is trained from it"
     return config

@@ -68,7 +68,7 @@ def main() -> int:
 
 def commands() -> list[tuple[str, tuple[str, ...]]]:
     """(name, command) of every step, in order."""
-    make = (sys.executable, "tools/make_tiny_task.py", "--output", tiny.TASK)
+    make = (sys.executable, "tools/make_tiny_task.py", "--output", f"{tiny.DEMO}/task")
     plan: list[tuple[str, tuple[str, ...]]] = [("task", make)]
     for recipe, only in CHAIN:
         spec = f"recipes/tiny.py:{recipe}"
@@ -157,10 +157,11 @@ def table(summary: dict[str, Any]) -> str:
     for name, value in summary["accuracy"].items():
         lines.append(f"{name:<16}{100 * value['mean']:>9.1f}%{100 * value['standard_error']:>9.1f}%")
     kl, gain = summary["reverse_kl"], summary["gain_over_sft"]
+    verdict = f"{gain['points']:+.1f} points, {gain['standard_errors']:.1f} standard errors"
     lines += [
         "",
         f"reverse KL to the teacher: {kl['before']:.4f} → {kl['after']:.4f} nats per token",
-        f"Lightning OPD over SFT: {gain['points']:+.1f} points, {gain['standard_errors']:.1f} standard errors",
+        f"Lightning OPD over SFT: {verdict}",
         "",
         f"{'stage':<28}{'seconds':>8}",
     ]
