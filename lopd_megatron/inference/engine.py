@@ -1,0 +1,394 @@
+"""The vLLM engine, and the only file that imports vllm.
+
+One engine per process and tensor-parallel group serves all the work of a stage. Facts used here were measured
+with vLLM 0.32: a CPU engine in this process without torch.compile starts in seconds instead of a minute; its
+KV cache must be given a size, or it takes most of the memory; a seeded request whose prefill is cut in chunks
+fails on CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from lopd_megatron.config import EngineConfig
+from lopd_megatron.errors import UserError
+from lopd_megatron.inference.requests import (
+    EngineLost,
+    Failure,
+    Generation,
+    GenerationRequest,
+    Sampling,
+    Score,
+    ScoreRequest,
+    ScoringPath,
+)
+
+CPU_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+}
+QUIET_ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Of vLLM's CPU attention; any other fails deep in the first forward pass."""
+CPU_KV_CACHE_LIMIT = 1 << 30
+CPU_KV_BLOCK = 128  # tokens
+
+
+class VllmEngine:
+    """An engine for one Hugging Face folder. See `requests.Engine` for the contract of the streams.
+
+    `task` decides what the CPU build cannot do at once: "generate" needs whole prefills for its seeds,
+    "score" wants prefills in chunks of `max_num_batched_tokens`, which bound the memory of the scores.
+    Documents of exactly `config.max_model_len` tokens can be scored.
+    """
+
+    def __init__(
+        self, model: str, config: EngineConfig, *, task: Literal["generate", "score"], max_topk: int = 0
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.hf_config = read_hf_config(model)
+        self.max_num_batched_tokens = config.max_num_batched_tokens
+        on_cpu = not torch.cuda.is_available()
+        _set_environment(on_cpu)
+        _check_context(self.hf_config, config, model)
+        from vllm import EngineArgs, LLMEngine
+
+        dtype = config.dtype if config.dtype != "auto" else ("float32" if on_cpu else "bfloat16")
+        # One more than the longest document: vLLM always samples one token after a scored prompt.
+        arguments: dict[str, Any] = {
+            "model": model,
+            "tensor_parallel_size": config.tensor_parallel_size,
+            "dtype": dtype,
+            "max_model_len": config.max_model_len + 1,
+            "max_num_seqs": config.max_num_seqs,
+            "max_num_batched_tokens": config.max_num_batched_tokens,
+            "gpu_memory_utilization": config.gpu_memory_utilization,
+            "kv_cache_memory_bytes": config.kv_cache_memory_bytes,
+            "enforce_eager": config.enforce_eager or on_cpu,
+            "max_logprobs": max(max_topk, 1),
+            "enable_prefix_caching": task == "generate" and not on_cpu,
+            "skip_tokenizer_init": True,
+            "use_tqdm_on_load": False,
+            "disable_log_stats": True,
+            "seed": 0,
+        }
+        if dtype == "bfloat16":
+            # A bf16 logit of 16 to 32 is rounded to 0.125; scores need the fp32 head.
+            arguments["hf_overrides"] = {"head_dtype": "float32"}
+        if on_cpu:
+            head_dim = _head_dim(self.hf_config)
+            if head_dim not in CPU_HEAD_SIZES:
+                raise UserError(
+                    f"{model} has head_dim={head_dim}; vLLM's CPU attention knows {CPU_HEAD_SIZES}"
+                )
+            if config.kv_cache_memory_bytes is None:
+                arguments["kv_cache_memory_bytes"] = _cpu_kv_cache_bytes(self.hf_config, config, dtype)
+            if task == "generate":
+                arguments["enable_chunked_prefill"] = False
+                arguments["max_num_batched_tokens"] = max(
+                    config.max_num_batched_tokens, config.max_model_len + 1
+                )
+        self.dtype = dtype
+        self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        self._in_flight_limit = 2 * config.max_num_seqs
+        self._serial = 0
+
+    @property
+    def has_native_scoring(self) -> bool:
+        """Whether the model runner takes `prompt_logprob_token_ids` (vLLM's V2 runner)."""
+        from vllm import SamplingParams
+
+        known = "prompt_logprob_token_ids" in getattr(SamplingParams, "__struct_fields__", ())
+        return known and bool(getattr(self._engine.vllm_config, "use_v2_model_runner", False))
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._engine.model_config.get_vocab_size())
+
+    def describe(self) -> dict[str, Any]:
+        """What an artifact records of the engine that made it."""
+        import vllm
+
+        return {
+            "engine": "vllm",
+            "version": vllm.__version__,
+            "dtype": self.dtype,
+            "head_dtype": "float32",
+            "model_runner": "v2" if self._engine.vllm_config.use_v2_model_runner else "v1",
+            "logprobs_mode": str(self._engine.model_config.logprobs_mode),
+        }
+
+    def generate(
+        self, requests: Iterable[GenerationRequest], sampling: Sampling
+    ) -> Iterator[Generation | Failure]:
+        """Sample one response per request.
+
+        The log-probs are those of the model itself (temperature 1, before top-p): what a later forward pass
+        of the same weights gives again, and equal to the sampling policy's at temperature 1 and top-p 1.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        def parameters(request: GenerationRequest) -> Any:
+            return SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p if sampling.temperature > 0 else 1.0,
+                max_tokens=sampling.max_response_tokens,
+                stop_token_ids=list(sampling.stop_token_ids),
+                seed=request.seed,
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+
+        def answer(request: GenerationRequest, output: Any) -> Generation:
+            sample = output.outputs[0]
+            logprobs = np.fromiter(sample.logprobs.logprobs, np.float32)
+            tokens = list(sample.token_ids)
+            assert len(tokens) == len(logprobs) > 0
+            assert sample.finish_reason in ("stop", "length"), sample.finish_reason
+            return Generation(request.key, tokens, logprobs, sample.finish_reason)
+
+        yield from self._stream(requests, lambda r: r.prompt_tokens, parameters, answer)
+
+    def score(
+        self, requests: Iterable[ScoreRequest], *, topk: int, path: ScoringPath
+    ) -> Iterator[Score | Failure]:
+        """Log-probs at temperature 1 of exactly the given ids, float32; `scoring` describes the paths."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        native = path == "native" and topk == 0
+
+        def parameters(request: ScoreRequest) -> Any:
+            common = {
+                "max_tokens": 1,
+                "temperature": 0.0,
+                "detokenize": False,
+                "output_kind": RequestOutputKind.FINAL_ONLY,
+            }
+            if native:
+                ids = np.asarray(request.tokens[request.start :], np.int32)[:, None]
+                return SamplingParams(
+                    **common, prompt_logprob_token_ids=ids, prompt_logprob_start=request.start - 1
+                )
+            return SamplingParams(**common, prompt_logprobs=topk)
+
+        def answer(request: ScoreRequest, output: Any) -> Score:
+            if native:
+                # Row i is token start + i: there is no leading None, unlike prompt_logprobs.
+                return _score(request, None, output.prompt_token_id_logprobs, 0)
+            if path == "stock":
+                ids, logprobs = _from_dicts(output.prompt_logprobs[request.start :], request, topk)
+            else:
+                kept = output.prompt_logprobs
+                ids = kept.logprob_token_ids[request.start - 1 :].numpy()
+                logprobs = kept.logprobs[request.start - 1 :].numpy()
+            return _score(request, ids, logprobs, topk)
+
+        keep = contextlib.nullcontext() if native or path == "stock" else _prompt_logprobs_as_tensors()
+        with keep:
+            yield from self._stream(requests, lambda r: r.tokens, parameters, answer)
+
+    def reload(self, model: str) -> bool:
+        """Load the weights of another folder of the same architecture in place; False where it differs."""
+        if _architecture(read_hf_config(model)) != _architecture(self.hf_config):
+            return False
+        self._engine.collective_rpc("reload_weights", kwargs={"weights_path": model})
+        self._engine.reset_prefix_cache()
+        self.model = model
+        return True
+
+    def close(self) -> None:
+        """End the engine's processes and give its memory back."""
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        self._engine.engine_core.shutdown()
+        del self._engine
+        if not torch.cuda.is_available():
+            cleanup_dist_env_and_memory()
+        gc.collect()
+
+    def _stream(
+        self,
+        requests: Iterable[Any],
+        prompt_of: Callable[[Any], list[int]],
+        parameters: Callable[[Any], Any],
+        answer: Callable[[Any, Any], Any],
+    ) -> Iterator[Any]:
+        """Keep a bounded number of requests in flight; yield answers as they finish."""
+        from vllm.exceptions import VLLMValidationError
+
+        pending = iter(requests)
+        in_flight: dict[str, Any] = {}
+        exhausted = False
+        try:
+            while in_flight or not exhausted:
+                while not exhausted and len(in_flight) < self._in_flight_limit:
+                    request = next(pending, None)
+                    if request is None:
+                        exhausted = True
+                        break
+                    name = str(self._serial)
+                    self._serial += 1
+                    try:
+                        self._add(name, prompt_of(request), parameters(request))
+                    except (VLLMValidationError, ValueError) as error:
+                        yield Failure(request.key, str(error))
+                        continue
+                    in_flight[name] = request
+                for output in self._step() if in_flight else ():
+                    if output.finished:
+                        request = in_flight.pop(output.request_id)
+                        yield answer(request, output)
+        finally:
+            if in_flight:  # the reader went away: do not leave its work to the next one
+                with contextlib.suppress(Exception):
+                    self._engine.abort_request(list(in_flight))
+
+    def _add(self, name: str, tokens: list[int], parameters: Any) -> None:
+        # vLLM checks ids only where it has a tokenizer; a wrong one is an index error that ends the engine.
+        if not tokens or min(tokens) < 0 or max(tokens) >= self.vocab_size:
+            raise ValueError(
+                f"token ids must be between 0 and {self.vocab_size - 1} and at least one: "
+                f"{len(tokens)} tokens, {min(tokens, default=None)} to {max(tokens, default=None)}"
+            )
+        self._engine.add_request(name, {"prompt_token_ids": tokens}, parameters)
+
+    def _step(self) -> list[Any]:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            return self._engine.step()
+        except (EngineDeadError, MemoryError, torch.OutOfMemoryError) as error:
+            raise EngineLost(f"{type(error).__name__}: {error}") from error
+        except RuntimeError as error:
+            if "memory" in str(error).lower():  # the CPU allocator has no exception of its own
+                raise EngineLost(str(error)) from error
+            raise
+
+
+def read_hf_config(model: str) -> dict[str, Any]:
+    path = Path(model) / "config.json"
+    if not path.is_file():
+        raise UserError(f"model folder {model!r} has no config.json; give a Hugging Face model folder")
+    return json.loads(path.read_text())
+
+
+def _architecture(hf_config: dict[str, Any]) -> dict[str, Any]:
+    cosmetic = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
+    return {key: value for key, value in hf_config.items() if key not in cosmetic}
+
+
+def _check_context(hf_config: dict[str, Any], config: EngineConfig, model: str) -> None:
+    limit = hf_config.get("max_position_embeddings")
+    if limit is None:
+        return
+    if config.max_model_len > limit:
+        raise UserError(
+            f"engine.max_model_len={config.max_model_len} is more than the {limit} positions of {model}; "
+            f"lower it to at most {limit}"
+        )
+    if config.max_model_len == limit:
+        # The one position more is never run: it belongs to the token sampled after the last scored one.
+        os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+
+
+def _set_environment(on_cpu: bool) -> None:
+    for name, value in QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if not on_cpu:
+        return
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    for name, value in CPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if "torch._dynamo" in sys.modules:  # it read its environment when it was imported
+        torch._dynamo.config.disable = os.environ["TORCHDYNAMO_DISABLE"] == "1"
+
+
+def _head_dim(hf_config: dict[str, Any]) -> int:
+    return hf_config.get("head_dim") or hf_config["hidden_size"] // hf_config["num_attention_heads"]
+
+
+def _cpu_kv_cache_bytes(hf_config: dict[str, Any], config: EngineConfig, dtype: str) -> int:
+    """Room for `max_num_seqs` documents of full length, at most 1 GiB, at least for one document."""
+    head_dim = _head_dim(hf_config)
+    kv_heads = hf_config.get("num_key_value_heads") or hf_config["num_attention_heads"]
+    item = 4 if dtype == "float32" else 2
+    per_token = 2 * hf_config["num_hidden_layers"] * kv_heads * head_dim * item
+    blocks = -(-(config.max_model_len + 1) // CPU_KV_BLOCK) + 1
+    document = blocks * CPU_KV_BLOCK * per_token
+    return max(document, min(config.max_num_seqs * document, CPU_KV_CACHE_LIMIT))
+
+
+def _score(request: ScoreRequest, ids: np.ndarray | None, logprobs: np.ndarray, topk: int) -> Score:
+    """Split [r, 1 + k] (sampled token first, then the k most likely) into a `Score`; check its alignment."""
+    length = len(request.tokens) - request.start
+    assert logprobs is not None, f"no scores for {request.key}"
+    assert logprobs.shape == (length, 1 + topk), (logprobs.shape, length, topk)
+    if ids is None:
+        ids = np.empty((length, 1), np.int32)
+    else:
+        assert ids[:, 0].tolist() == request.tokens[request.start :], "scores are not of the given ids"
+    logprobs = logprobs.astype(np.float32)
+    return Score(
+        request.key, logprobs[:, 0].copy(), ids[:, 1:].astype(np.int32), np.ascontiguousarray(logprobs[:, 1:])
+    )
+
+
+def _from_dicts(
+    positions: list[dict[int, Any]], request: ScoreRequest, topk: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """vLLM's dictionaries, {id: Logprob} per position, as [r, 1 + k] arrays."""
+    given = request.tokens[request.start :]
+    ids = np.empty((len(given), 1 + topk), np.int64)
+    logprobs = np.empty((len(given), 1 + topk), np.float32)
+    for row, (token, entries) in enumerate(zip(given, positions, strict=True)):
+        # The given token is there besides the k most likely, or is one of them: then it has rank ≤ k.
+        likely = sorted((entry.rank, key) for key, entry in entries.items())[:topk]
+        columns = [token, *(key for _, key in likely)]
+        ids[row] = columns
+        logprobs[row] = [entries[key].logprob for key in columns]
+    return ids, logprobs
+
+
+@contextlib.contextmanager
+def _prompt_logprobs_as_tensors() -> Iterator[None]:
+    """While open, `RequestOutput.prompt_logprobs` is vLLM's LogprobsTensors instead of a dict per token.
+
+    Building the dictionaries costs 123 µs of Python per token at k = 64. The engine sends the tensors of a
+    whole prompt at once, [L − 1, 1 + k], the given token first. A private function of vLLM: the self-test in
+    `scoring` compares with the stock path before any work, and falls back to it.
+    """
+    from vllm.v1.engine.logprobs import LogprobsProcessor
+
+    original = LogprobsProcessor._update_prompt_logprobs
+
+    def keep(self: Any, tensors: Any) -> None:
+        self.prompt_logprobs = tensors
+
+    LogprobsProcessor._update_prompt_logprobs = keep
+    try:
+        yield
+    finally:
+        LogprobsProcessor._update_prompt_logprobs = original

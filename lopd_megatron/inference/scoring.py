@@ -1,0 +1,67 @@
+"""Rollouts → scored rollouts: what the teacher says of exactly those token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from lopd_megatron.inference.requests import Engine, Failure, Score, ScoreRequest, ScoringPath
+from lopd_megatron.inference.shards import Kind
+from lopd_megatron.records import ROLLOUT_SCHEMA, SCORED_SCHEMA
+
+
+@dataclass
+class ScoringStage:
+    """`worker.Stage` for rollouts → scored."""
+
+    topk: int
+    path: ScoringPath
+    lineage: dict[str, Any]
+    kind: Kind = "scored"
+    source_schema: pa.Schema = ROLLOUT_SCHEMA
+
+    def requests(self, index: int, source: pa.Table) -> list[ScoreRequest]:
+        prompts = source["prompt_tokens"].to_pylist()
+        responses = source["response_tokens"].to_pylist()
+        return [
+            ScoreRequest((index, row), prompt + response, len(prompt))
+            for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+        ]
+
+    def answers(self, engine: Engine, requests: Iterable[ScoreRequest]) -> Iterator[Score | Failure]:
+        return engine.score(requests, topk=self.topk, path=self.path)
+
+    def table(self, source: pa.Table, answers: dict[int, Score]) -> pa.Table:
+        rows = sorted(answers)
+        scores = [answers[row] for row in rows]
+        columns = [source.take(rows)[name] for name in ROLLOUT_SCHEMA.names]
+        columns.append(pa.array([s.logprobs for s in scores], SCORED_SCHEMA.field("teacher_logprobs").type))
+        ids = [s.topk_ids.ravel() for s in scores]
+        columns.append(pa.array(ids, SCORED_SCHEMA.field("teacher_topk_ids").type))
+        logprobs = [s.topk_logprobs.ravel() for s in scores]
+        columns.append(pa.array(logprobs, SCORED_SCHEMA.field("teacher_topk_logprobs").type))
+        return pa.Table.from_arrays(columns, schema=SCORED_SCHEMA)
+
+
+def score_tokens(
+    engine: Engine, documents: Sequence[tuple[Sequence[int], Sequence[int]]], *, path: ScoringPath = "flat"
+) -> list[np.ndarray]:
+    """Log-probs under the engine's model of each response given its prompt; float32, token-aligned.
+
+    `documents` are (prompt_tokens, response_tokens), both of at least one token. Raises on the first one
+    that the engine refuses.
+    """
+    requests = [
+        ScoreRequest((0, row), [*prompt, *response], len(prompt))
+        for row, (prompt, response) in enumerate(documents)
+    ]
+    found: dict[int, np.ndarray] = {}
+    for answer in engine.score(requests, topk=0, path=path):
+        if isinstance(answer, Failure):
+            raise ValueError(f"document {answer.key[1]}: {answer.error}")
+        found[answer.key[1]] = answer.logprobs
+    return [found[row] for row in range(len(documents))]
