@@ -44,7 +44,7 @@ def collect_shards(
     for index, chunk in enumerate(model_chunks):
         for name, parameter in chunk.named_parameters():
             names[parameter] = f"{index}.{_unwrapped(name)}"
-    shards = {}
+    shards: dict[torch.nn.Parameter, Shard] = {}
     for part in _parts(optimizer):
         # Transformer Engine's fused Adam then keeps the main parameters itself.
         assert not part.config.use_precision_aware_optimizer, "RunConfig.check refuses this"

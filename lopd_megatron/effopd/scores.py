@@ -20,13 +20,13 @@ from lopd_megatron.effopd.search import Score
 
 
 class HeldOutSums:
-    """Sums and token counts of a per-token loss by held-out document, gathered over micro-batches and ranks."""
+    """Sums and token counts of a per-token loss by held-out document, over micro-batches and ranks."""
 
     def __init__(self, num_documents: int, device: torch.device | str = "cpu") -> None:
         self._sums = torch.zeros(num_documents, 2, dtype=torch.float64, device=device)
 
     def add(self, losses: torch.Tensor, loss_mask: torch.Tensor, documents: torch.Tensor) -> None:
-        """Add one micro-batch: `losses` in nats, `loss_mask` and `documents`, all [1, t] or [t], label-aligned.
+        """Add a micro-batch: `losses` in nats, `loss_mask` and `documents`, all [1, t] or [t], label-aligned.
 
         `documents` is the held-out document of each token (`token_documents`); padding has −1 and mask 0.
         """
@@ -74,22 +74,23 @@ def accuracy_score(correct: Sequence[Sequence[bool]]) -> Score:
 def agree(score: Score | None, group: dist.ProcessGroup | None) -> Score:
     """The score of the first rank of `group` on all of its ranks, so that all decide alike.
 
-    One broadcast of three float64. Other ranks may pass None; `group` None is a single process.
+    Other ranks may pass None; `group` None is a single process.
     """
-    if group is None:
-        if score is None:
-            raise ValueError("a single process has to compute its own score")
-        return score
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"
-    numbers = torch.full((3,), math.nan, dtype=torch.float64, device=device)
-    if dist.get_rank(group) == 0:
-        assert score is not None, "the first rank of the group computes the score"
-        numbers = torch.tensor(
-            [score.value, score.standard_error, score.count], dtype=torch.float64, device=device
-        )
-    dist.broadcast(numbers, group=group, group_src=0)
-    value, standard_error, count = numbers.tolist()
+    mine = None if score is None else [score.value, score.standard_error, float(score.count)]
+    value, standard_error, count = from_first_rank(mine or [math.nan] * 3, group)
+    if math.isnan(count):
+        raise ValueError("the first rank of the group has to compute the score")
     return Score(value, standard_error, int(count))
+
+
+def from_first_rank(numbers: list[float], group: dist.ProcessGroup | None) -> list[float]:
+    """The numbers of the first rank of `group`, as many on every rank. One broadcast of float64."""
+    if group is None:
+        return numbers
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"
+    box = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.broadcast(box, group=group, group_src=0)
+    return box.tolist()
 
 
 def _standard_error(residuals: torch.Tensor) -> torch.Tensor:

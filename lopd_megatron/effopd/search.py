@@ -1,4 +1,4 @@
-"""How far to go along the direction of the last updates: the search of EffOPD (arXiv 2605.11739, section 4.1).
+"""How far to go along the direction of the last updates: the search of EffOPD (arXiv 2605.11739, 4.1).
 
 With W the trained weights and Δ their distance from the last accepted ones, the candidates are W + 2k·Δ for
 k = 1 … max_k. The first candidate that does not pass ends the search; the last one that passed is taken.
@@ -39,6 +39,11 @@ class SearchResult:
 
     multiplier: int
     trials: tuple[Trial, ...]
+
+    @property
+    def score(self) -> Score:
+        """Of the point that was taken."""
+        return next(trial.score for trial in self.trials if trial.multiplier == self.multiplier)
 
 
 def is_trigger(iteration: int, first_trigger: int) -> bool:

@@ -46,7 +46,7 @@ def test_standard_error_covers_the_truth() -> None:
         score = sums.score()
         inside += abs(-score.value - 1.0) < 1.96 * score.standard_error
         naive_inside += abs(-score.value - 1.0) < 1.96 * float(losses.std()) / math.sqrt(len(losses))
-    # 95 % nominal; a linearised ratio of 40 documents is a little short, and 300 rounds have an error of 1.3 %.
+    # 95 % nominal; a linearised ratio of 40 documents is a little short; 300 rounds have an error of 1.3 %.
     assert inside / rounds > 0.90
     assert naive_inside / rounds < 0.6  # planted: tokens counted as independent
 
@@ -67,6 +67,6 @@ def test_nothing_to_score_is_an_error() -> None:
         accuracy_score([[True], []])
 
 
-def test_a_single_process_needs_its_own_score() -> None:
-    with pytest.raises(ValueError, match="its own score"):
+def test_the_deciding_rank_needs_a_score() -> None:
+    with pytest.raises(ValueError, match="compute the score"):
         agree(None, None)
