@@ -36,7 +36,7 @@ def forward_flops(
 def train_flops(
     spec: StudentSpec, sequence_lengths: Iterable[int], *, head_tokens: int | None = None
 ) -> float:
-    """Forward and backward: three forward passes. Recomputed activations are not useful work and not counted."""
+    """Forward and backward: three forward passes. Recomputation is not useful work and not counted."""
     return 3.0 * forward_flops(spec, sequence_lengths, head_tokens=head_tokens)
 
 

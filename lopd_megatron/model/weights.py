@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from lopd_megatron.errors import UserError
 from lopd_megatron.model.config import StudentSpec
+from lopd_megatron.model.export import check_output, write_hf_folder
 from lopd_megatron.model.hf_folder import HfFolder
 from lopd_megatron.model.names import (
     Weight,
@@ -17,6 +21,7 @@ from lopd_megatron.model.names import (
     merge,
     shard,
     tied_copy,
+    unshard,
     weight_table,
 )
 from lopd_megatron.model.student import StudentModel
@@ -105,3 +110,98 @@ def _read_vocabulary_rows(
     rows = source.read(name, slice(min(begin, stored), min(end, stored)))
     padding = rows.new_zeros((per_rank - rows.shape[0], *rows.shape[1:]))
     return torch.cat([rows, padding]) if len(padding) else rows
+
+
+def export_hf(
+    chunks: Sequence[StudentModel],
+    spec: StudentSpec,
+    topology: Topology,
+    out_folder: str | Path,
+    source_hf_folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    lineage: dict[str, Any] | None = None,
+) -> None:
+    """Write the live model as a Hugging Face folder; collective over the world, rank 0 writes.
+
+    Tensors travel one at a time from the ranks that hold them to rank 0: memory there is the largest
+    parameter and its shards, traffic the size of the model once. The folder appears whole or not at all.
+    Under `overlap_param_gather` the caller first brings the parameters up to date.
+    """
+    out_folder, source_hf_folder = Path(out_folder), Path(source_hf_folder)
+    check_output(out_folder, source_hf_folder, overwrite=overwrite)
+    live = LiveTensors(chunks, spec, topology)
+    if topology.rank == 0:
+        write_hf_folder(
+            live, spec, out_folder, source_hf_folder, dtype=dtype, overwrite=overwrite, lineage=lineage
+        )
+    else:
+        for weight in weight_table(spec).values():
+            live.read(weight)
+    dist.barrier()
+
+
+class LiveTensors:
+    """Whole tensors of the live model, gathered on rank 0 one at a time."""
+
+    def __init__(self, chunks: Sequence[StudentModel], spec: StudentSpec, topology: Topology) -> None:
+        """Collective over the world: the ranks tell each other which shards they hold."""
+        self.dtype: torch.dtype = spec.transformer_config.params_dtype
+        self._topology = topology
+        self._mine: dict[str, torch.Tensor] = {}
+        table = weight_table(spec)
+        for name, parameter in named_parameters(chunks, spec, topology):
+            if _is_first_replica(table[name], topology):
+                self._mine.setdefault(name, parameter.detach())
+        mine = {
+            name: (_tensor_parallel_rank(table[name], topology), tuple(tensor.shape))
+            for name, tensor in self._mine.items()
+        }
+        everyone: list[Any] = [None] * topology.world_size
+        dist.all_gather_object(everyone, mine)
+        # name → tensor-parallel rank → (the first global rank that holds the shard, its shape)
+        self._holders: dict[str, dict[int, tuple[int, tuple[int, ...]]]] = defaultdict(dict)
+        for rank, held in enumerate(everyone):
+            for name, (tp_rank, shape) in held.items():
+                self._holders[name].setdefault(tp_rank, (rank, shape))
+        missing = table.keys() - self._holders.keys()
+        if missing:
+            raise UserError(f"no rank holds {len(missing)} parameter(s): {', '.join(sorted(missing)[:3])}")
+
+    def shape(self, weight: Weight) -> tuple[int, ...]:
+        """Of the whole tensor; local."""
+        parts = [torch.empty(shape, device="meta") for _, shape in self._parts(weight)]
+        return tuple(unshard(weight, parts).shape)
+
+    def read(self, weight: Weight) -> torch.Tensor:
+        """The whole tensor on rank 0, an empty one elsewhere. Point to point between holders and rank 0."""
+        parts = []
+        for rank, shape in self._parts(weight):
+            if rank == self._topology.rank:
+                part = self._mine[weight.name]
+                if rank != 0:
+                    dist.send(part.contiguous(), dst=0)
+            elif self._topology.rank == 0:
+                part = torch.empty(shape, dtype=self.dtype, device=self._topology.device)
+                dist.recv(part, src=rank)
+            else:
+                continue
+            parts.append(part)
+        return unshard(weight, parts) if self._topology.rank == 0 else torch.empty(0)
+
+    def _parts(self, weight: Weight) -> list[tuple[int, tuple[int, ...]]]:
+        """(global rank, shard shape) in tensor-parallel order; one holder of a tensor that is not split."""
+        holders = self._holders[weight.name]
+        ordered = [holders[tp_rank] for tp_rank in sorted(holders)]
+        return ordered[:1] if weight.layout == "whole" else ordered
+
+
+def _tensor_parallel_rank(weight: Weight, topology: Topology) -> int:
+    return topology.expert_tp_rank if weight.expert else topology.tp_rank
+
+
+def _is_first_replica(weight: Weight, topology: Topology) -> bool:
+    """Whether no lower rank of the data-parallel group holds the same shard."""
+    group = topology.expert_dp_group if weight.expert else topology.dp_cp_group
+    return group.rank() == 0

@@ -1,0 +1,77 @@
+"""Whole tensors out of a `torch_dist` checkpoint, one at a time, in one process and without a GPU.
+
+The keys on disk are Transformer Engine's whatever wrote them (`specs.py` sees to that); layers and experts
+are stacked into leading dimensions where all layers are of one kind: `decoder.layers.mlp.linear_fc1.weight`
+[layers, ...], `decoder.layers.mlp.experts.experts.linear_fc1.weight` [layers, experts, ...].
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from lopd_megatron.errors import UserError
+from lopd_megatron.model.config import StudentSpec
+from lopd_megatron.model.names import Weight
+
+
+class CheckpointTensors:
+    """The model part of a checkpoint folder (`iter_0000150/`). torch.distributed must be initialised."""
+
+    def __init__(self, folder: str | Path, spec: StudentSpec) -> None:
+        from megatron.core import dist_checkpointing
+
+        self._folder = str(folder)
+        self._spec = spec
+        if not (Path(folder) / "metadata.json").is_file():
+            raise UserError(f"{folder} is not a checkpoint: it has no metadata.json; name an iter_* folder")
+        metadata = dist_checkpointing.load_tensors_metadata(self._folder)
+        self._shapes = {
+            key: tuple(tensor.global_shape)
+            for key, tensor in metadata.items()
+            if not key.startswith("optimizer.")
+        }
+        dtypes = {metadata[key].dtype for key in self._shapes}
+        self.dtype = torch.bfloat16 if torch.bfloat16 in dtypes else torch.float32
+
+    def shape(self, weight: Weight) -> tuple[int, ...]:
+        key, index = self._locate(weight)
+        return self._shapes[key][len(index) :]
+
+    def read(self, weight: Weight) -> torch.Tensor:
+        """One whole tensor on the CPU; reads only the bytes of its slice."""
+        from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing import ShardedTensor
+
+        key, index = self._locate(weight)
+        shape = self._shapes[key]
+        data = torch.empty((1,) * len(index) + shape[len(index) :], dtype=self.dtype)
+        offsets = [(axis, position, shape[axis]) for axis, position in enumerate(index)]
+        wanted = {"tensor": ShardedTensor.from_rank_offsets(key, data, *offsets)}
+        loaded = dist_checkpointing.load(wanted, self._folder, validate_access_integrity=False)
+        return loaded["tensor"].reshape(shape[len(index) :])
+
+    def _locate(self, weight: Weight) -> tuple[str, tuple[int, ...]]:
+        """Key on disk and the position in its leading dimensions (layer, expert) where it is stacked."""
+        key, layer, expert = _disk_key(weight.name, self._spec.moe_layers)
+        index = () if expert is None else (expert,)
+        if key in self._shapes:
+            return key, index
+        stacked = re.sub(r"(?<=decoder\.layers\.)\d+\.", "", key)
+        if layer is not None and stacked in self._shapes:
+            return stacked, (layer, *index)
+        raise UserError(f"checkpoint {self._folder} has no {key}; it was written for another model")
+
+
+def _disk_key(name: str, moe_layers: list[bool]) -> tuple[str, int | None, int | None]:
+    """Table name → (key with its layer number, layer, expert)."""
+    match = re.match(r"decoder\.layers\.(\d+)\.", name)
+    layer = int(match[1]) if match else None
+    key = name.replace("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight")
+    if layer is not None and not moe_layers[layer]:
+        key = key.replace("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
+    match = re.search(r"local_experts\.(\d+)\.", key)
+    expert = int(match[1]) if match else None
+    return re.sub(r"local_experts\.\d+\.", "experts.", key), layer, expert

@@ -1,0 +1,121 @@
+"""Whole tensors, one at a time, into a complete Hugging Face folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from lopd_megatron.errors import UserError
+from lopd_megatron.files import fsync_path, write_json
+from lopd_megatron.model.config import StudentSpec
+from lopd_megatron.model.names import Weight, split, weight_table
+from lopd_megatron.model.safetensors_writer import SafetensorsWriter, TensorPlan
+from lopd_megatron.progress import progress
+
+MAX_SHARD_BYTES = 5 * 1000**3
+
+# What travels along with the weights, where the source folder has it.
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+class WholeTensors(Protocol):
+    """A source of whole Megatron tensors: the live model or a checkpoint."""
+
+    dtype: torch.dtype
+
+    def shape(self, weight: Weight) -> tuple[int, ...]: ...
+
+    def read(self, weight: Weight) -> torch.Tensor: ...
+
+
+def write_hf_folder(
+    source: WholeTensors,
+    spec: StudentSpec,
+    out_folder: Path,
+    source_hf_folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+    lineage: dict[str, Any] | None = None,
+) -> None:
+    """Write every weight of the table from `source`, with config, tokenizer and generation config.
+
+    Memory: the largest parameter and its parts, whatever the size of the model. The folder appears whole or
+    not at all. `dtype` None keeps the dtype of `source`.
+    """
+    check_output(out_folder, source_hf_folder, overwrite=overwrite)
+    dtype = dtype or source.dtype
+    temporary = out_folder.with_name(f".{out_folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        writer = SafetensorsWriter(temporary, list(_plan(source, spec, dtype)), max_shard_bytes)
+        table = weight_table(spec)
+        with progress(len(table), f"writing {out_folder}", "tensors") as bar:
+            for weight in table.values():
+                parts = split(weight, source.read(weight), spec)
+                for name, tensor in zip(weight.hf_names, parts, strict=True):
+                    writer.write(name, tensor)
+                bar.update(1)
+        writer.close()
+        copy_companions(source_hf_folder, temporary, spec, dtype)
+        if lineage is not None:
+            write_json(temporary / "lineage.json", lineage)
+        _replace(temporary, out_folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def check_output(out_folder: Path, source_hf_folder: Path, *, overwrite: bool) -> None:
+    """Refuse to write over the source, or over anything unless asked to."""
+    if out_folder.resolve() == source_hf_folder.resolve():
+        raise UserError(f"output {out_folder} is the source model itself; choose another folder")
+    if out_folder.exists() and any(out_folder.iterdir()) and not overwrite:
+        raise UserError(f"output {out_folder} is not empty; remove it, choose another or pass --overwrite")
+
+
+def copy_companions(source: Path, target: Path, spec: StudentSpec, dtype: torch.dtype) -> None:
+    """config.json with the dtype of the weights, and the files that the weights alone are useless without."""
+    config = {key: value for key, value in spec.hf_config.items() if key not in ("dtype", "torch_dtype")}
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    write_json(target / "config.json", config)
+    for name in _COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _plan(source: WholeTensors, spec: StudentSpec, dtype: torch.dtype) -> Iterator[TensorPlan]:
+    for weight in weight_table(spec).values():
+        whole = torch.empty(source.shape(weight), device="meta")
+        for name, part in zip(weight.hf_names, split(weight, whole, spec), strict=True):
+            yield TensorPlan(name, tuple(part.shape), dtype)
+
+
+def _replace(temporary: Path, out_folder: Path) -> None:
+    """Put the finished folder in place; an old one is moved aside first and then dropped."""
+    for file in temporary.iterdir():
+        fsync_path(file)
+    fsync_path(temporary)
+    old = out_folder.with_name(f".{out_folder.name}.{os.getpid()}.old")
+    if out_folder.exists():
+        os.replace(out_folder, old)
+    os.replace(temporary, out_folder)
+    fsync_path(out_folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
