@@ -32,11 +32,7 @@ def load_recipe(spec: str) -> RunConfig:
     if not path.is_file():
         near = _closest(path.stem, [p.stem for p in path.parent.glob("*.py")])
         raise UserError(f"recipe file {file!r} does not exist{near}")
-    module_spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path.resolve())
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    module = recipe_module(path)
     names = recipe_names(module)
     if function not in names:
         raise UserError(
@@ -45,6 +41,16 @@ def load_recipe(spec: str) -> RunConfig:
     config = getattr(module, function)()
     assert isinstance(config, RunConfig), f"{spec} returned {type(config)}"
     return config
+
+
+def recipe_module(path: Path) -> Any:
+    """The module in a recipe file, which need not be importable by name."""
+    module_spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path.resolve())
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return module
 
 
 def recipe_names(module: Any) -> list[str]:

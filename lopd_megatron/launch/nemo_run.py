@@ -1,0 +1,203 @@
+"""The chain through NeMo-Run, which launches the same commands (`run.Script`) and nothing else.
+
+    python -m lopd_megatron.launch --executor local|slurm ...
+    python -m lopd_megatron.launch.nemo_run --factory tiny_lightning_opd where=slurm --yes
+
+The second form is NeMo-Run's own command line; every function of recipes/*.py is a factory there. This is the
+only file that imports nemo_run. Facts that shape it (NeMo-Run 0.11.1):
+
+* an Experiment with failed tasks leaves exit code 0, so the statuses are judged here;
+* LocalExecutor goes on after a failed task, so locally each stage is an Experiment of its own;
+* it waits for ever for a job array, so each worker of an array stage is a task;
+* its torchrun launcher has one fixed port, so the command brings its own launcher.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lopd_megatron.errors import EXIT_REQUEUE, UserError, run_program
+from lopd_megatron.launch import sbatch, shell
+from lopd_megatron.launch.stages import Stage, chain
+
+SIGNAL_BEFORE_S = 300
+
+
+def run(stages: Sequence[Stage], executor: str, *, dry_run: bool = False) -> int:
+    """Run the chain on NeMo-Run's `local` or `slurm` executor and wait. 0 only if every task succeeded."""
+    home = (stages[-1].config.paths.logs / "nemo_run").absolute()
+    os.environ["NEMORUN_HOME"] = str(home)  # read when nemo_run is imported
+    os.environ["PATH"] = shell.environment()["PATH"]
+    if dry_run:
+        return _dry_run(stages, executor, home)
+    if executor == "slurm":
+        return _run_experiment(stages, executor)
+    for stage in stages:
+        if code := _run_experiment([stage], executor):
+            return code
+    return 0
+
+
+def _run_experiment(stages: Sequence[Stage], executor: str) -> int:
+    import nemo_run
+
+    with nemo_run.Experiment(stages[-1].run, skip_status_at_exit=True) as experiment:
+        _add(experiment, stages, executor)
+        experiment.run()
+    failed = {
+        name: str(task["status"])
+        for name, task in experiment.status(return_dict=True).items()
+        if str(task["status"]) != "SUCCEEDED"
+    }
+    for name, status in failed.items():
+        print(f"{name}: {status}")
+    return 1 if failed else 0
+
+
+def _dry_run(stages: Sequence[Stage], executor: str, home: Path) -> int:
+    """Print the batch scripts (slurm) or commands (local) that would run."""
+    if executor == "local":
+        print("\n".join(shell.lines(stages)))
+        return 0
+    import nemo_run
+
+    existed = home.exists()
+    with nemo_run.Experiment(stages[-1].run, skip_status_at_exit=True) as experiment:
+        names = _add(experiment, stages, executor)
+        experiment.dryrun(log=False, delete_exp_dir=False)
+    folder = Path(experiment._exp_dir)
+    for name in names:
+        print((folder / f"{name}_sbatch.sh").read_text())
+        print(f"# scripts/{name}.sh\n{(folder / 'scripts' / f'{name}.sh').read_text()}")
+    shutil.rmtree(folder if existed else home)
+    return 0
+
+
+def _add(experiment: Any, stages: Sequence[Stage], executor: str) -> list[str]:
+    """Add every command as a task; returns the names of the tasks."""
+    import nemo_run
+
+    make = {"local": _local_executor, "slurm": _slurm_executor}[executor]
+    tasks: dict[str, list[str]] = {}
+    for stage in stages:
+        commands = stage.worker_commands()
+        names = [stage.job if len(commands) == 1 else f"{stage.job}-{i}" for i in range(len(commands))]
+        after = [task for job in stage.after for task in tasks.get(job, [])]
+        tasks[stage.job] = [
+            experiment.add(
+                nemo_run.Script(inline=_script(stage, command, executor)),
+                executor=make(stage),
+                name=name,
+                dependencies=after or None,
+            )
+            for name, command in zip(names, commands, strict=True)
+        ]
+    return [task for names in tasks.values() for task in names]
+
+
+def _script(stage: Stage, command: Sequence[str], executor: str) -> str:
+    """What a task runs: the command in the checkout. NeMo-Run starts tasks in a folder of its own."""
+    line = shlex.join(command)
+    folder = shlex.quote(_checkout(stage))
+    if executor == "slurm":
+        return f"cd {folder}\nexec {line}\n"
+    attempts = stage.config.launch.max_restarts + 1
+    again = f"for _ in $(seq {attempts}); do\n{line}\ncode=$?\n[ $code = {EXIT_REQUEUE} ] || break\ndone"
+    return f"cd {folder}\n{again}\nexit $code\n"
+
+
+def _checkout(stage: Stage) -> str:
+    launch = stage.config.launch
+    if launch.ssh_host and not launch.ssh_checkout:
+        raise UserError(
+            f"launch.ssh_host={launch.ssh_host} needs launch.ssh_checkout, the checkout's path there"
+        )
+    return launch.ssh_checkout or os.getcwd()
+
+
+def _local_executor(stage: Stage) -> Any:
+    import nemo_run
+
+    return nemo_run.LocalExecutor()
+
+
+def _slurm_executor(stage: Stage) -> Any:
+    """Fields of SlurmExecutor from the recipe's launch section."""
+    import nemo_run
+
+    launch, resources = stage.config.launch, stage.resources
+    checkout = _checkout(stage)
+    tunnel = nemo_run.LocalTunnel(job_dir="")
+    if launch.ssh_host:
+        user, _, host = launch.ssh_host.rpartition("@")
+        tunnel = nemo_run.SSHTunnel(host=host, user=user, job_dir=f"{checkout}/nemo_run")
+    parameters: dict[str, Any] = {"kill_on_invalid_dep": "yes"}
+    for option in launch.sbatch_options:
+        name, equals, value = option.removeprefix("--").partition("=")
+        parameters[name] = value if equals else True
+    trains = stage.kind == "torchrun"
+    executor = nemo_run.SlurmExecutor(
+        account=launch.account or "none",
+        partition=launch.partition or None,
+        nodes=resources.nodes,
+        ntasks_per_node=1,
+        gpus_per_node=resources.gpus_per_node or None,
+        time=resources.time,
+        signal=f"USR1@{SIGNAL_BEFORE_S}" if trains else None,
+        container_image=launch.container_image or None,
+        container_mounts=[f"{checkout}:{checkout}", *launch.container_mounts],
+        srun_args=["--cpu-bind=none"],
+        additional_parameters=parameters,
+        setup_lines=_setup_lines(stage, checkout),
+        tunnel=tunnel,
+        packager=nemo_run.Packager(),  # the checkout is on a file system that all nodes share
+        poll_estimated_start_time=False,
+    )
+    # Every non-zero exit code is a requeue for NeMo-Run: it does not tell "saved" from "failed".
+    executor.retries = launch.max_restarts if trains else launch.max_retries
+    return executor
+
+
+def _setup_lines(stage: Stage, checkout: str) -> str:
+    """The batch script's part before the command: the environment of slurm/env.sh, and where nodes meet."""
+    lines = [f"cd {shlex.quote(checkout)}"]
+    lines += [f"export {name}={value}" for name, value in sbatch.variables(stage).items()]
+    lines.append("source slurm/env.sh")
+    if stage.kind == "torchrun":
+        lines += [
+            "source slurm/job.sh",
+            "rendezvous",
+            f'check_nodes "$(log_folder {stage.name})" || exit 1',
+            "rendezvous",
+        ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """NeMo-Run's command line, with a factory for every recipe of recipes/*.py: `--factory FILE_FUNCTION`."""
+    import nemo_run
+
+    from lopd_megatron import cli
+
+    def launch(recipe: str, where: str = "local", stages: str = "", overrides: str = "") -> None:
+        """One recipe's chain on executor `where`; `overrides` is one text: "train.train_iters=3 name=x"."""
+        only = [name for name in stages.split(",") if name]
+        run_program(lambda: run(chain([recipe], shlex.split(overrides), only), where))
+
+    def partial(recipe: str) -> Callable[[], Any]:
+        return lambda: nemo_run.Partial(launch, recipe=recipe)
+
+    for file in sorted(Path("recipes").glob("*.py")):
+        for function in cli.recipe_names(cli.recipe_module(file)):
+            factory = nemo_run.cli.factory(target=launch, name=f"{file.stem}_{function}")
+            factory(partial(f"{file}:{function}"))
+    nemo_run.cli.main(launch)
+
+
+if __name__ == "__main__":
+    main()

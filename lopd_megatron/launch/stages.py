@@ -1,0 +1,169 @@
+"""The stages of a run as commands with resource requests: the one source of shell, sbatch and NeMo-Run.
+
+    prompts ─► rollouts ─► score ─► build ─► train ─► export ─► evaluate
+
+A stage that the config makes empty is left out: `prompts` without `prompts.input`, `evaluate` without
+`evaluation.input`, `score` for SFT, and everything before `train` when `data.prefixes` names datasets.
+Order comes from files: a stage runs after the stages that write what it reads, also across runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from lopd_megatron import cli
+from lopd_megatron.config import RunConfig, StageResources
+from lopd_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One program of the pipeline, what it asks for, and the files that tie it to the others."""
+
+    run: str
+    name: str
+    kind: Literal["plain", "array", "torchrun"]
+    command: tuple[str, ...]
+    resources: StageResources
+    reads: tuple[Path, ...]
+    writes: tuple[Path, ...]
+    config: RunConfig
+    after: tuple[str, ...] = ()
+    """Jobs that must have succeeded before."""
+
+    @property
+    def job(self) -> str:
+        """Name of the job in a queue, unique in a chain: `lightning_opd-train`."""
+        return f"{self.run}-{self.name}"
+
+    def worker_commands(self) -> list[tuple[str, ...]]:
+        """The command of every worker, in order; one for all stages but arrays of more than one."""
+        workers = self.resources.array
+        if workers == 1:
+            return [self.command]
+        return [(*self.command, "--worker", f"{i}/{workers}") for i in range(workers)]
+
+
+def processes_per_node(config: RunConfig) -> int:
+    """Training processes on each node: one per GPU, or TP·PP·CP over all nodes where there is no GPU.
+
+    Refuses a world size which the layout does not divide, before anything is submitted.
+    """
+    resources, layout = config.launch.stages.train, config.parallel
+    nodes, size = resources.nodes, layout.model_parallel_size
+    if not resources.gpus_per_node and size % nodes:
+        raise UserError(
+            f"launch.stages.train.nodes={nodes} does not divide TP·PP·CP={size}; "
+            "on CPU the ranks of one replica are shared out evenly over the nodes"
+        )
+    processes = resources.gpus_per_node or size // nodes
+    layout.data_parallel_size(nodes * processes)
+    return processes
+
+
+def stages(config: RunConfig, recipe: str, overrides: Sequence[str] = ()) -> list[Stage]:
+    """The stages of one run, in an order in which they can run."""
+    arguments = ("--recipe", recipe, *overrides)
+    paths, model, wanted = config.paths, config.model, config.launch.stages
+    sft = config.loss.objective == "sft"
+
+    def stage(
+        name: str,
+        program: Sequence[str],
+        reads: Sequence[str | Path],
+        writes: Path,
+        kind: Literal["plain", "array", "torchrun"] = "plain",
+    ) -> Stage:
+        resources: StageResources = getattr(wanted, name)
+        if kind != "array" and resources.array > 1:
+            raise UserError(
+                f"launch.stages.{name}.array={resources.array}: only rollouts and score are arrays"
+            )
+        if kind != "torchrun" and resources.nodes > 1:
+            raise UserError(
+                f"launch.stages.{name}.nodes={resources.nodes}: only train spans nodes; "
+                "give rollouts and score more workers with array"
+            )
+        return Stage(
+            config.name,
+            name,
+            kind,
+            (*program, *arguments),
+            resources,
+            tuple(Path(path) for path in reads if str(path)),
+            (writes,),
+            config,
+        )
+
+    found: list[Stage] = []
+    if not config.data.prefixes:
+        if config.prompts.input:
+            files = [*config.prompts.input, *config.prompts.contamination_files]
+            found.append(stage("prompts", _tool("prepare_prompts"), [model.student, *files], paths.prompts))
+        generator = model.student if config.rollout.generator == "student" else model.teacher
+        tool = _tool("generate_rollouts")
+        found.append(stage("rollouts", tool, [paths.prompts, generator], paths.rollouts, "array"))
+        if not sft:
+            tool = _tool("score_rollouts")
+            found.append(stage("score", tool, [paths.rollouts, model.teacher], paths.scored, "array"))
+        source = paths.rollouts if sft else paths.scored
+        found.append(stage("build", _tool("build_dataset"), [source], paths.dataset_prefix))
+    data = [*config.dataset_prefixes, *config.data.valid_prefixes]
+    found.append(
+        stage("train", _torchrun(config), [model.student, *data], paths.checkpoints, "torchrun"),
+    )
+    export = (*_tool("convert_checkpoint"), "export")
+    found.append(stage("export", export, [paths.checkpoints, model.student], paths.hf))
+    if config.evaluation.input:
+        inputs: list[str | Path] = [paths.hf, *config.evaluation.input]
+        found.append(stage("evaluate", _tool("evaluate"), inputs, paths.evaluation))
+    return ordered(found)
+
+
+def chain(recipes: Sequence[str], overrides: Sequence[str] = (), only: Sequence[str] = ()) -> list[Stage]:
+    """The stages of several runs as one chain, such as SFT and then OPD from the SFT student.
+
+    `overrides` apply to every run. `only` keeps the stages with these names.
+    """
+    found: list[Stage] = []
+    for recipe in recipes:
+        config, _ = cli.parse(cli.parser(None), ["--recipe", recipe, *overrides])
+        found += stages(config, recipe, overrides)
+    names = list(dict.fromkeys(stage.name for stage in found))
+    for name in only:
+        if name not in names:
+            raise UserError(f"--stages: this chain has no stage {name!r}; it has {', '.join(names)}")
+    jobs = [stage.job for stage in found]
+    for job in jobs:
+        if jobs.count(job) > 1:
+            raise UserError(
+                f"two runs of the chain are called {job.rpartition('-')[0]!r}; give each its own name"
+            )
+    return ordered([stage for stage in found if not only or stage.name in only])
+
+
+def ordered(found: Sequence[Stage]) -> list[Stage]:
+    """Fill in `after`: the earlier stages that write what a stage reads."""
+    writer: dict[Path, str] = {}
+    result = []
+    for stage in found:
+        after = dict.fromkeys(writer[path] for path in stage.reads if path in writer)
+        result.append(replace(stage, after=tuple(after)))
+        writer |= dict.fromkeys(stage.writes, stage.job)
+    return result
+
+
+def _tool(name: str) -> tuple[str, ...]:
+    return ("python", f"tools/{name}.py")
+
+
+def _torchrun(config: RunConfig) -> tuple[str, ...]:
+    """torchrun for the trainer. Where the nodes meet is in the environment, never in the command."""
+    nodes = config.launch.stages.train.nodes
+    where = ("--standalone",) if nodes == 1 else ("--nnodes", str(nodes))
+    processes = ("--nproc-per-node", str(processes_per_node(config)))
+    launcher = ("python", "-m", "lopd_megatron.launch.torchrun")
+    return (*launcher, *where, *processes, "-m", "lopd_megatron.train")
