@@ -1,0 +1,261 @@
+"""The fused head: hidden states × vocabulary shard → log-probs → gradients, chunk by chunk, in the forward.
+
+Distillation losses are functions of a few log-probs per token, and their derivative with respect to those is
+known as soon as they are (`objectives`). So each chunk of rows takes one GEMM to its logits, one small
+all-gather to the softmax over all shards, one scaling in place from exponentials to the gradient of the
+logits, and two GEMMs to the gradients of hidden states and weight. `[tokens, vocab]` never exists, nothing is
+recomputed, and `backward` only multiplies by the upstream scalar.
+
+Numerics. Ids whose log-probs the objective needs are taken out of the logits before the exponential, so the
+probability of everything else is a sum of its own and never 1 − Σ: exact for a tail of 1e-30 as for a label
+with p = 1 − 1e-12. Row quantities are float64, [c, J]; logits are exponentiated in float32.
+
+With z the logits, p_j the probability of named id j, R the rest, p_R its mass, and weights g = ∂ℓ/∂log p:
+    G       = Σ_j g_j + g_R
+    ∂ℓ/∂z_v = g_R · p_v/p_R − G · p_v                     v in R
+    ∂ℓ/∂z_j = −g_j · expm1(log p_j) − (G − g_j) · p_j
+Cost: three GEMMs of 2·n·h·V/TP FLOPs; chunk · V/TP logits of work memory; per chunk one all-gather of
+[c, 2 + J] float64 over TP, and per call one all-gather and one reduce-scatter of the hidden states under
+sequence parallelism, else one all-reduce of their gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from lopd_megatron.loss.objectives import TokenLoss
+from lopd_megatron.parallel.vocab import VocabRange
+
+Objective = Callable[[torch.Tensor, slice], TokenLoss]
+"""(log-probs [c, J + 1] of J named ids and the rest, which of the n rows) → loss [c], weights [c, J + 1]."""
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """The rows a head works on and what it has to find for them; n rows of a micro-batch of t tokens."""
+
+    rows: torch.Tensor  # int64 [n], positions of the trained tokens
+    ids: torch.Tensor  # int64 [n, J], ids whose log-probs the objective takes; column 0 is the label
+    token_weights: torch.Tensor  # float64 [n], weight of each token's loss in the numerator
+    objective: Objective
+
+
+class TokenValues(NamedTuple):
+    """Per trained token, float64 [n], without a graph."""
+
+    loss: torch.Tensor
+    student_logprobs: torch.Tensor
+    entropy: torch.Tensor  # of the student over the whole vocabulary, nats
+
+
+def fused_head(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    rows: HeadRows,
+    *,
+    vocab: VocabRange,
+    sequence_parallel: bool,
+    chunk_tokens: int,
+) -> tuple[torch.Tensor, TokenValues]:
+    """Σ token_weight · loss as a float32 scalar with a graph to `hidden` and `weight`, and per-token values.
+
+    `hidden` [t, h] ([t/TP, h] under sequence parallelism), `weight` [V/TP, h], both float32 or bfloat16.
+    Collective over `vocab.group`, whose ranks must pass the same rows. Where `weight` has Megatron's
+    `main_grad`, its gradient is added there in float32 by `backward`, unrounded.
+    """
+    want_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    settings = _Settings(rows, vocab, sequence_parallel, chunk_tokens, want_gradient)
+    numerator, *values = _FusedHead.apply(hidden, weight, settings)
+    return numerator, TokenValues(*values)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    rows: HeadRows
+    vocab: VocabRange
+    sequence_parallel: bool
+    chunk_tokens: int
+    want_gradient: bool
+
+
+class _FusedHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, settings: _Settings) -> Any:
+        group = settings.vocab.group if settings.vocab.group_size > 1 else None
+        whole = _all_gather(hidden, group) if settings.sequence_parallel and group else hidden
+        d_whole = torch.zeros_like(whole) if settings.want_gradient else None
+        d_weight = (
+            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+            if settings.want_gradient and weight.requires_grad
+            else None
+        )
+        n = settings.rows.rows.numel()
+        values = torch.empty(3, n, dtype=torch.float64, device=hidden.device)
+        for start in range(0, n, settings.chunk_tokens):
+            part = slice(start, min(start + settings.chunk_tokens, n))
+            values[:, part] = _chunk(whole, weight, settings, part, d_whole, d_weight)
+
+        if d_whole is not None and group:
+            if settings.sequence_parallel:
+                d_whole = _reduce_scatter(d_whole, group)
+            else:
+                dist.all_reduce(d_whole, group=group)
+        ctx.gradients = d_whole, d_weight
+        ctx.weight = weight
+        loss, student_logprobs, entropy = values
+        ctx.mark_non_differentiable(loss, student_logprobs, entropy)
+        numerator = (loss * settings.rows.token_weights).sum().float()
+        return numerator, loss, student_logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> Any:
+        scale = upstream[0]
+        d_hidden, d_weight = ctx.gradients
+        ctx.gradients = None  # the buffers are scaled in place, so a second backward must not find them
+        d_hidden = d_hidden.mul_(scale)
+        d_weight = None if d_weight is None else _deliver(ctx.weight, d_weight.mul_(scale))
+        return d_hidden, d_weight, None
+
+
+def _chunk(
+    whole: torch.Tensor,
+    weight: torch.Tensor,
+    settings: _Settings,
+    part: slice,
+    d_whole: torch.Tensor | None,
+    d_weight: torch.Tensor | None,
+) -> torch.Tensor:
+    """One chunk of c rows: values [3, c]; adds its share to `d_whole` rows and `d_weight`."""
+    rows, vocab = settings.rows, settings.vocab
+    where, ids = rows.rows[part], rows.ids[part]
+    hidden = whole[where]
+    logits = hidden @ weight.t()
+    logits[:, vocab.num_real :] = -torch.inf
+    column, owned = _columns(ids, vocab)
+    named = _take_out_(logits, column, owned)
+    top, mass, tilt = _exponentiate_(logits)
+    softmax = _reduce(top, mass, tilt, named, vocab)
+    loss, weights = rows.objective(softmax.class_logprobs, part)
+
+    if d_whole is not None:
+        weights = weights * rows.token_weights[part, None]
+        named_gradient, rest_scale = _logit_gradient(softmax, weights, top, mass)
+        logits.mul_(rest_scale.float()[:, None])
+        logits.scatter_add_(1, column, (named_gradient * owned).to(logits.dtype))
+        d_whole[where] = logits @ weight
+        if d_weight is not None:
+            _add_product(d_weight, logits, hidden)
+    return torch.stack([loss, softmax.class_logprobs[:, 0], softmax.entropy])
+
+
+def _columns(ids: torch.Tensor, vocab: VocabRange) -> tuple[torch.Tensor, torch.Tensor]:
+    """Column of each id in this shard [c, J] and whether it is there; a foreign id gets column 0."""
+    column = ids - vocab.vocab_start_index
+    owned = (column >= 0) & (column < vocab.num_real)
+    return column.where(owned, 0), owned
+
+
+def _take_out_(logits: torch.Tensor, column: torch.Tensor, owned: torch.Tensor) -> torch.Tensor:
+    """Logits of the owned ids, float64 [c, J], −∞ for foreign ones; leaves −∞ in their place."""
+    minus_infinity = torch.full((), -torch.inf, dtype=logits.dtype, device=logits.device)
+    named = logits.gather(1, column).where(owned, minus_infinity).double()
+    # Added, not assigned: a foreign id points at column 0 and must leave what is there.
+    logits.scatter_add_(1, column, minus_infinity.where(owned, 0.0).to(logits.dtype))
+    return named
+
+
+def _exponentiate_(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """z ← exp(z − max z) in place. Returns float64 [c]: max, Σ exp(z − max), Σ exp(z − max)·(z − max)."""
+    # A shard of nothing but −∞ must give exponentials of 0, not of −∞ + ∞.
+    top = logits.amax(1, keepdim=True).float().clamp_(min=torch.finfo(torch.float32).min)
+    shifted = logits.float() - top
+    exponentials = shifted.exp()
+    mass = exponentials.sum(1)
+    tilt = torch.where(exponentials > 0, exponentials * shifted, 0.0).sum(1)
+    logits.copy_(exponentials)
+    return top.squeeze(1).double(), mass.double(), tilt.double()
+
+
+class _Softmax(NamedTuple):
+    class_logprobs: torch.Tensor  # [c, J + 1]
+    lse: torch.Tensor  # [c], log Σ exp over the vocabulary
+    rest_lse: torch.Tensor  # [c], the same without the named ids
+    entropy: torch.Tensor  # [c]
+
+
+def _reduce(
+    top: torch.Tensor, mass: torch.Tensor, tilt: torch.Tensor, named: torch.Tensor, vocab: VocabRange
+) -> _Softmax:
+    """The softmax over all shards from each one's sums. One all-gather of [c, 2 + J] float64."""
+    local_lse = mass.log() + top
+    mean_logit = torch.where(mass > 0, tilt / mass + top, 0.0)  # of this shard's rest
+    sums = torch.cat([local_lse[:, None], mean_logit[:, None], named], dim=1)
+    shards = sums[None] if vocab.group_size == 1 else _all_gather(sums[None], vocab.group)
+    rest_lse = shards[..., 0].logsumexp(0)
+    named = shards[..., 2:].amax(0)
+    classes = torch.cat([named, rest_lse[:, None]], dim=1)
+    lse = classes.logsumexp(1)
+    class_logprobs = classes - lse[:, None]
+    shard_probability = (shards[..., 0] - lse).exp()
+    mean = (shard_probability * shards[..., 1]).sum(0)
+    mean += torch.where(named > -torch.inf, class_logprobs[:, :-1].exp() * named, 0.0).sum(1)
+    return _Softmax(class_logprobs, lse, rest_lse, lse - mean)
+
+
+def _logit_gradient(
+    softmax: _Softmax, weights: torch.Tensor, top: torch.Tensor, mass: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient of the named logits [c, J], and the factor [c] from exp(z − top) to the rest's gradient."""
+    total = weights.sum(1)
+    g, logprobs = weights[:, :-1], softmax.class_logprobs[:, :-1]
+    # The total without g_j is summed directly: for one id it is the rest's weight, often exactly 0.
+    others = weights @ (1.0 - torch.eye(weights.size(1), dtype=weights.dtype, device=weights.device))
+    named_gradient = -g * logprobs.expm1() - others[:, :-1] * logprobs.exp()
+    rest_scale = weights[:, -1] * (top - softmax.rest_lse).exp() - total * (top - softmax.lse).exp()
+    return named_gradient, torch.where(mass > 0, rest_scale, 0.0)
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += leftᵀ · right in float32, [v, h]."""
+    if left.dtype == torch.float32:
+        total.addmm_(left.t(), right)
+    elif left.is_cuda:
+        torch.ops.aten.addmm.dtype_out(total, left.t(), right, torch.float32, out=total)
+    else:  # the CPU has no bfloat16 product with a float32 result
+        total.addmm_(left.t().float(), right.float())
+
+
+def _deliver(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Hand `gradient` (float32) to Megatron's main gradient, or return it for autograd where there is none.
+
+    Same contract as Megatron's fused weight gradient (tensor_parallel/layers.py): the sum goes to
+    `main_grad`, the flag tells the hook of DistributedDataParallel to leave `.grad` out, and a tensor of the
+    right shape is returned so that the hook fires. For an embedding tied on one stage (`zero_out_wgrad`) the
+    hook does add `.grad`, which also holds the gradient of the lookup, so that tensor is zero.
+    """
+    if getattr(weight, "main_grad", None) is None:
+        return gradient.to(weight.dtype)
+    weight.main_grad.add_(gradient)
+    weight.grad_added_to_main_grad = True
+    if getattr(weight, "zero_out_wgrad", False):
+        return torch.zeros_like(weight)
+    return torch.empty_like(weight)
+
+
+def _all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Concatenation over the group along dimension 0."""
+    whole = tensor.new_empty((tensor.size(0) * group.size(), *tensor.shape[1:]))
+    dist.all_gather_into_tensor(whole, tensor.contiguous(), group=group)
+    return whole
+
+
+def _reduce_scatter(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """This rank's part along dimension 0 of the sum over the group."""
+    part = tensor.new_empty((tensor.size(0) // group.size(), *tensor.shape[1:]))
+    dist.reduce_scatter_tensor(part, tensor, group=group)
+    return part

@@ -1,0 +1,86 @@
+"""What is reported beside the loss: pairs (numerator, denominator) that pool over everything by addition.
+
+A pair sums over micro-batches, data- and context-parallel ranks and is divided once, in `finalize_report`;
+means of means, which would weigh a short micro-batch like a long one, cannot arise. Keys depend on the
+configuration and the columns of the dataset alone, so every rank has the same ones in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from lopd_megatron.loss.objectives import clipped_advantages
+from lopd_megatron.loss.trained_tokens import TrainedTokens
+
+NUM_DECILES = 10
+NONFINITE = "nonfinite_tokens"
+_RATIO, _RATIO_SQUARED = "importance_ratio", "importance_ratio_squared"
+
+
+def token_report(
+    tokens: TrainedTokens,
+    *,
+    student_logprobs: torch.Tensor,
+    entropy: torch.Tensor,
+    relative_position: torch.Tensor,
+    advantage_clip: float | None,
+) -> dict[str, torch.Tensor]:
+    """Sums over the n trained tokens; every value is float64 [2]. All inputs are [n], log-probs in nats.
+
+    `reverse_kl`: the estimate Σ (log π_θ − log π_T) on the rollout's tokens; `k2`: Σ ½ (log π_θ − log π_T)²;
+    `clip_fraction`: tokens whose advantage is outside ±τ; `importance_ratio(_squared)`: π_θ/π_rollout;
+    `teacher_student_gap_decile_i`: Σ (log π_T − log π_θ) over tokens with ⌊10 · relative_position⌋ = i.
+    Values of the teacher and of the rollout policy are there where the dataset has the column.
+    """
+    count = torch.tensor(tokens.count, dtype=torch.float64, device=tokens.rows.device)
+
+    def mean_of(values: torch.Tensor) -> torch.Tensor:
+        return torch.stack([values.double().sum(), count])
+
+    report = {"student_logprobs": mean_of(student_logprobs), "entropy": mean_of(entropy)}
+    if tokens.teacher_logprobs is not None:
+        gap = tokens.teacher_logprobs - student_logprobs
+        clipped = clipped_advantages(student_logprobs, tokens.teacher_logprobs, advantage_clip) != gap
+        report |= {
+            "teacher_logprobs": mean_of(tokens.teacher_logprobs),
+            "reverse_kl": mean_of(-gap),
+            "k2": mean_of(0.5 * gap.square()),
+            "clip_fraction": mean_of(clipped),
+        } | _by_decile("teacher_student_gap_decile", gap, relative_position)
+    if tokens.rollout_logprobs is not None:
+        ratio = (student_logprobs - tokens.rollout_logprobs).exp()
+        report |= {_RATIO: mean_of(ratio), _RATIO_SQUARED: mean_of(ratio.square())}
+    return report
+
+
+def _by_decile(name: str, values: torch.Tensor, relative_position: torch.Tensor) -> dict[str, torch.Tensor]:
+    decile = (relative_position * NUM_DECILES).long().clamp(0, NUM_DECILES - 1)
+    table = values.new_zeros(NUM_DECILES, 2, dtype=torch.float64)
+    table.index_add_(0, decile, torch.stack([values.double(), torch.ones_like(values).double()], dim=1))
+    return {f"{name}_{i}": table[i] for i in range(NUM_DECILES)}
+
+
+def finalize_report(pooled: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Metrics from pairs that were summed over the whole step; a metric nobody counted is left out.
+
+    Every pair gives its quotient under its own name. `importance_ratio` gives instead the mean and the
+    standard deviation of the ratio and `effective_sample_fraction` = (Σ w)²/(n Σ w²), 1 on fresh rollouts.
+    `num_tokens` is the number of trained tokens.
+    """
+    pairs = {name: (float(pair[0]), float(pair[1])) for name, pair in pooled.items()}
+    metrics = {
+        name: total / count
+        for name, (total, count) in pairs.items()
+        if count and name not in (NONFINITE, _RATIO, _RATIO_SQUARED)
+    }
+    metrics["num_tokens"] = pairs["student_logprobs"][1]
+    ratio_sum, count = pairs.get(_RATIO, (0.0, 0.0))
+    if count:
+        square_sum = pairs[_RATIO_SQUARED][0]
+        mean = ratio_sum / count
+        metrics["importance_ratio_mean"] = mean
+        metrics["importance_ratio_std"] = max(0.0, square_sum / count - mean**2) ** 0.5
+        metrics["effective_sample_fraction"] = ratio_sum**2 / (count * square_sum)
+    return metrics

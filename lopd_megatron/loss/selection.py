@@ -1,0 +1,74 @@
+"""From the configuration and the trained tokens to the named ids and the objective of the head."""
+
+from __future__ import annotations
+
+import torch
+
+from lopd_megatron.config import LossConfig
+from lopd_megatron.errors import UserError
+from lopd_megatron.loss import classes, objectives
+from lopd_megatron.loss.fused_head import Objective
+from lopd_megatron.loss.objectives import TokenLoss
+from lopd_megatron.loss.trained_tokens import TrainedTokens
+
+
+def select_objective(config: LossConfig, tokens: TrainedTokens) -> tuple[torch.Tensor, Objective]:
+    """Ids [n, J] whose log-probs the objective takes, the label first, and the objective on them."""
+    if config.objective.startswith("topk_"):
+        return _topk(config, tokens)
+    return tokens.labels[:, None], _sampled_token(config, tokens)
+
+
+def _sampled_token(config: LossConfig, tokens: TrainedTokens) -> Objective:
+    def objective(student: torch.Tensor, part: slice) -> TokenLoss:
+        label = student[:, 0]
+        if config.objective == "sft":
+            loss, weights = objectives.sft(label)
+        elif config.objective == "lightning_opd":
+            teacher = _column(config, tokens, "teacher_logprobs")[part]
+            loss, weights = objectives.lightning_opd(label, teacher, config.advantage_clip)
+        else:
+            loss, weights = objectives.opd_importance(
+                label,
+                _column(config, tokens, "teacher_logprobs")[part],
+                _column(config, tokens, "rollout_logprobs")[part],
+                advantage_clip=config.advantage_clip,
+                importance_clip=config.importance_clip,
+                ppo_clip=config.ppo_clip,
+            )
+        return TokenLoss(loss, torch.stack([weights, torch.zeros_like(weights)], dim=1))
+
+    return objective
+
+
+def _topk(config: LossConfig, tokens: TrainedTokens) -> tuple[torch.Tensor, Objective]:
+    topk_ids = _column(config, tokens, "teacher_topk_ids")
+    topk_logprobs = _column(config, tokens, "teacher_topk_logprobs")
+    if topk_ids.size(1) < config.topk:
+        raise UserError(
+            f"loss.topk={config.topk} is more than the {topk_ids.size(1)} teacher tokens per position of the "
+            "dataset; lower loss.topk or score again with a larger scoring.topk"
+        )
+    ids = classes.class_ids(tokens.labels, topk_ids[:, : config.topk])
+    teacher = classes.teacher_class_logprobs(
+        ids, _column(config, tokens, "teacher_logprobs"), topk_logprobs[:, : config.topk]
+    )
+
+    def objective(student: torch.Tensor, part: slice) -> TokenLoss:
+        if config.objective == "topk_forward_kl":
+            return objectives.topk_forward_kl(student, teacher[part])
+        if config.objective == "topk_reverse_kl":
+            return objectives.topk_reverse_kl(student, teacher[part])
+        return objectives.topk_jsd(student, teacher[part], config.jsd_beta)
+
+    return ids, objective
+
+
+def _column(config: LossConfig, tokens: TrainedTokens, name: str) -> torch.Tensor:
+    column = getattr(tokens, name)
+    if column is None:
+        raise UserError(
+            f"loss.objective={config.objective} needs the column {name}, which this dataset does not have; "
+            "score the rollouts (tools/) or choose another objective"
+        )
+    return column
