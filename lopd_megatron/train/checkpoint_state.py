@@ -1,0 +1,218 @@
+"""The state of a trainer as a Megatron sharded state dict: what is in a checkpoint, written and read."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import random
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+
+from lopd_megatron.errors import UserError
+from lopd_megatron.progress import say
+from lopd_megatron.train.state import Hook, Trainer
+
+CONTENT = {
+    # The only kind that loads under another tensor- or pipeline-parallel size.
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+}
+
+
+def layout(trainer: Trainer) -> dict[str, Any]:
+    """What decides which parts of a checkpoint fit."""
+    config = trainer.config
+    return {
+        **config.parallel.model_dump(mode="json"),
+        "data_parallel_size": trainer.topology.dp_size,
+        "use_distributed_optimizer": config.optimizer.use_distributed_optimizer,
+        "has_optimizer": config.checkpoint.save_optimizer,
+        "hooks": [hook.name for hook in _stateful(trainer)],
+    }
+
+
+def write(trainer: Trainer, folder: Path, description: dict[str, Any], *, async_save: bool) -> Any:
+    """Save into an empty folder. Returns Megatron's AsyncRequest to schedule when `async_save`, else None."""
+    _prepare_results_queue()
+    parameters_are_current(trainer)
+    strategy = get_default_save_sharded_strategy("torch_dist", 1)
+    if trainer.topology.dp_cp_group.size() > 1:  # every replica writes a part instead of the first one all
+        strategy = FullyParallelSaveStrategyWrapper(strategy, trainer.topology.dp_cp_group)
+    state = _sharded_state(trainer, description["layout"], is_loading=False)
+    state |= {"config": trainer.config.model_dump(mode="json"), **description}
+    return dist_checkpointing.save(
+        state, str(folder), strategy, async_sharded_save=async_save, content_metadata=dict(CONTENT)
+    )
+
+
+def read(trainer: Trainer, folder: Path, description: dict[str, Any]) -> None:
+    """Fill model, optimizer, schedule, random generators, hooks and counters from a folder.
+
+    Random states belong to a (pipeline, tensor) position and are left alone when those sizes changed. A
+    checkpoint without an optimizer gives the weights only, and Adam starts anew.
+    """
+    stored = description["layout"]
+    has_optimizer = stored["has_optimizer"]
+    if has_optimizer:
+        _refuse_other_optimizer(trainer, folder, stored)
+    elif trainer.topology.rank == 0:
+        say(f"warning: {folder} has no optimizer state (checkpoint.save_optimizer=false); Adam starts anew")
+    strategy = get_default_load_sharded_strategy(str(folder))
+    if trainer.topology.dp_cp_group.size() > 1:
+        strategy = FullyParallelLoadStrategyWrapper(strategy, trainer.topology.dp_cp_group)
+    wanted = _sharded_state(trainer, stored, is_loading=True)
+    state = dist_checkpointing.load(wanted, str(folder), strategy)
+    for name, chunk in _chunks(trainer):
+        chunk.load_state_dict(state[name], strict=True)
+    if has_optimizer:
+        trainer.optimizer.load_state_dict(state["optimizer"])
+        trainer.scheduler.load_state_dict(state["scheduler"])
+    else:
+        trainer.optimizer.reload_model_params()
+        trainer.scheduler.step(increment=state["consumed_train_samples"])
+    if "rng_state" in state:
+        _set_rng_state(state["rng_state"])
+    for hook in _stateful(trainer):
+        if hook.name in stored["hooks"]:
+            hook.load_state_dict(state["hooks"][hook.name])
+    trainer.iteration = state["iteration"]
+    trainer.consumed_train_samples = state["consumed_train_samples"]
+
+
+def parameters_are_current(trainer: Trainer) -> None:
+    """Wait until every rank holds the parameters of the last update.
+
+    With overlap_param_gather they arrive during the next forward pass; until then a rank has its own shard
+    of the new ones and the rest of the old.
+    """
+    for chunk in trainer.model:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.disable_forward_pre_hook(param_sync=True)
+            chunk.enable_forward_pre_hook()
+
+
+def _sharded_state(trainer: Trainer, stored: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+    """The state dict to write, or the one that says what to read; `stored` is the checkpoint's layout."""
+    metadata = CONTENT | {"dp_cp_group": trainer.topology.dp_cp_group}
+    state: dict[str, Any] = {
+        name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _chunks(trainer)
+    }
+    model_state = dict(state)
+    hooks = {
+        hook.name: hook.state_dict(model_state, is_loading=is_loading)
+        for hook in _stateful(trainer)
+        if hook.name in stored["hooks"]
+    }
+    if hooks:
+        state["hooks"] = hooks
+    if stored["has_optimizer"]:
+        state["optimizer"] = trainer.optimizer.sharded_state_dict(
+            model_state, is_loading=is_loading, metadata=metadata
+        )
+        if not is_loading:
+            state["scheduler"] = trainer.scheduler.state_dict()
+        if _same_positions(trainer, stored):
+            state["rng_state"] = _rng_state(trainer)
+    return state
+
+
+def _chunks(trainer: Trainer) -> list[tuple[str, Any]]:
+    """(key, unwrapped chunk): the wrapper would prefix keys when saving and not when loading."""
+    if len(trainer.model) == 1:
+        return [("model", trainer.model[0].module)]
+    return [(f"model{index}", chunk.module) for index, chunk in enumerate(trainer.model)]
+
+
+def _stateful(trainer: Trainer) -> list[Hook]:
+    return [hook for hook in trainer.hooks if hook.name]
+
+
+def _same_positions(trainer: Trainer, stored: dict[str, Any]) -> bool:
+    parallel = trainer.config.parallel
+    return (
+        stored["tensor_model_parallel_size"] == parallel.tensor_model_parallel_size
+        and stored["pipeline_model_parallel_size"] == parallel.pipeline_model_parallel_size
+    )
+
+
+def _refuse_other_optimizer(trainer: Trainer, folder: Path, stored: dict[str, Any]) -> None:
+    config = trainer.config
+    if stored["use_distributed_optimizer"] != config.optimizer.use_distributed_optimizer:
+        raise UserError(
+            f"{folder} was written with optimizer.use_distributed_optimizer="
+            f"{stored['use_distributed_optimizer']} and the two kinds do not interchange; set it to the same"
+        )
+    # Experts get an optimizer of their own only under expert parallelism.
+    if (stored["expert_model_parallel_size"] > 1) != (config.parallel.expert_model_parallel_size > 1):
+        raise UserError(
+            f"{folder} was written with expert_model_parallel_size={stored['expert_model_parallel_size']}, this "
+            f"run has {config.parallel.expert_model_parallel_size}: optimizer state moves among sizes > 1 only; "
+            "choose such a size, or export to Hugging Face and start a new run"
+        )
+
+
+def _rng_state(trainer: Trainer) -> ShardedObject:
+    topology = trainer.topology
+    state = {
+        "random": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(),
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    return ShardedObject(
+        "rng_state",
+        state,
+        (topology.pp_size, topology.tp_size),
+        (topology.pp_rank, topology.tp_rank),
+        replica_id=topology.dp_cp_group.rank(),
+    )
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    random.setstate(state["random"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["cuda"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+@functools.cache
+def _prepare_results_queue() -> None:
+    """Give Megatron's writer its queue from a forked manager process.
+
+    Megatron would spawn one, which imports the main module again: seconds, and a hang where that module is a
+    script without a main guard. The manager ends when this process does, even by kill −9.
+    """
+    from multiprocessing.managers import SyncManager
+
+    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+    manager.start(initializer=_end_with, initargs=(os.getpid(),))
+    filesystem_async._results_queue = manager.Queue()  # type: ignore[attr-defined]
+
+
+def _end_with(parent: int) -> None:
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()

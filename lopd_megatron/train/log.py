@@ -1,0 +1,93 @@
+"""The log hook: one line on the terminal and one record in `metrics.jsonl` per interval."""
+
+from __future__ import annotations
+
+import resource
+
+import torch
+import torch.distributed as dist
+
+from lopd_megatron.config import RunConfig
+from lopd_megatron.loss import finalize_report
+from lopd_megatron.progress import say
+from lopd_megatron.train.metrics import Writer, open_writers
+from lopd_megatron.train.peak import device_peak_flops
+from lopd_megatron.train.state import Hook, StepResult, Trainer
+
+_LINE = (
+    ("loss", "loss {:.5f}"),
+    ("reverse_kl", "reverse_kl {:.4f}"),
+    ("grad_norm", "grad_norm {:.3f}"),
+    ("lr", "lr {:.2e}"),
+    ("iteration_time_ms", "{:.0f} ms"),
+    ("tokens_per_second_per_gpu", "{:.0f} tokens/s/GPU"),
+    ("mfu", "MFU {:.1%}"),
+    ("peak_memory_gib", "{:.1f} GiB"),
+)
+
+
+class LogHook(Hook):
+    """Pools reports over `log_interval` iterations: sums of numerators and denominators, divided once."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.interval = config.train.log_interval
+        self.writers: list[Writer] = []
+        self.results: list[StepResult] = []
+
+    def on_start(self, trainer: Trainer) -> None:
+        self.peak_flops = device_peak_flops()
+        if trainer.topology.rank == 0:
+            self.writers = open_writers(trainer.config, trainer.iteration)
+            say(
+                f"training {trainer.config.model.student}, iterations {trainer.iteration + 1} to "
+                f"{trainer.config.train.train_iters} on {trainer.topology.world_size} rank(s)"
+            )
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        self.results.append(result)
+        last = trainer.is_done or bool(trainer.stop_reason)
+        if trainer.iteration % self.interval and not last:
+            return
+        metrics = self._metrics(trainer)
+        self.results = []
+        for writer in self.writers:
+            writer.write(trainer.iteration, metrics)
+        if trainer.topology.rank == 0:
+            shown = "  ".join(form.format(metrics[name]) for name, form in _LINE if name in metrics)
+            say(f"iteration {trainer.iteration}/{trainer.config.train.train_iters}  {shown}")
+
+    def on_end(self, trainer: Trainer) -> None:
+        for writer in self.writers:
+            writer.close()
+
+    def _metrics(self, trainer: Trainer) -> dict[str, float]:
+        """Every rank's part is pooled by two small all-reduces."""
+        pooled = {
+            name: torch.stack([result.report[name] for result in self.results]).sum(0)
+            for name in self.results[0].report
+        }
+        seconds = sum(result.seconds for result in self.results)
+        tokens = sum(result.num_tokens for result in self.results)
+        world_size = trainer.topology.world_size
+        memory = torch.tensor([peak_memory_bytes()], dtype=torch.float64, device=trainer.topology.device)
+        dist.all_reduce(memory, op=dist.ReduceOp.MAX)
+        metrics = finalize_report(pooled)
+        metrics |= {
+            "consumed_train_samples": trainer.consumed_train_samples,
+            "grad_norm": self.results[-1].grad_norm,
+            "lr": self.results[-1].learning_rate,
+            "iteration_time_ms": 1e3 * seconds / len(self.results),
+            "tokens_per_second_per_gpu": tokens / seconds / world_size,
+            "peak_memory_gib": float(memory) / 2**30,
+        }
+        if self.peak_flops:
+            flops = sum(result.flops for result in self.results)
+            metrics["mfu"] = flops / seconds / world_size / self.peak_flops
+        return metrics
+
+
+def peak_memory_bytes() -> float:
+    """Largest memory this process held: of the accelerator, or of the host where there is none."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

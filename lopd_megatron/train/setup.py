@@ -1,0 +1,179 @@
+"""Build a trainer from a configuration: groups, model, optimizer, data, loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lopd_megatron.config import RunConfig
+from lopd_megatron.loss import Loss, build_loss
+from lopd_megatron.parallel import topology as grid
+from lopd_megatron.parallel.vocab import VocabRange
+from lopd_megatron.train.checkpoint import Checkpoints
+from lopd_megatron.train.state import BatchSource, Hook, Trainer
+
+if TYPE_CHECKING:
+    from lopd_megatron.model.config import StudentSpec
+    from lopd_megatron.parallel.topology import Topology
+
+
+def build_trainer(
+    config: RunConfig, *, hooks: Sequence[Hook] = (), batches: BatchSource | None = None
+) -> Trainer:
+    """A trainer at iteration 0 with the weights of `config.model.student`. Collective over the world.
+
+    `batches` replaces the dataset of the configuration (standard OPD makes its own).
+    """
+    topology = grid.initialize(config.parallel, seed=config.train.seed)
+    if config.train.deterministic_mode:
+        _deterministic()
+    from lopd_megatron.model.config import student_spec
+    from lopd_megatron.model.student import build_student
+    from lopd_megatron.model.weights import load_hf
+
+    spec = student_spec(config.model.student, config)
+    chunks = build_student(spec, topology)
+    # Before the optimizer: it copies the fp32 main parameters when it is made.
+    load_hf(chunks, config.model.student, spec, topology)
+    model = wrap_model(chunks, spec, config)
+    optimizer, scheduler = build_optimizer(model, spec, config)
+    _connect_schedule(spec.transformer_config, model, optimizer, config)
+    return Trainer(
+        config=config,
+        topology=topology,
+        spec=spec,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        batches=batches or build_loader(config, topology),
+        loss=build_head_loss(config, spec, topology),
+        checkpoints=Checkpoints(config, topology),
+        hooks=list(hooks),
+    )
+
+
+def build_loader(config: RunConfig, topology: Topology) -> BatchSource:
+    """The dataset of this run, read step by step."""
+    from lopd_megatron.data.dataset import open_dataset
+    from lopd_megatron.data.loader import StepLoader
+
+    return StepLoader(open_dataset(config.dataset_prefixes), config, topology)
+
+
+def build_head_loss(config: RunConfig, spec: StudentSpec, topology: Topology) -> Loss:
+    """The objective over this rank's part of the vocabulary."""
+    vocab = VocabRange.of(spec.vocab_size, spec.padded_vocab_size, topology.tp_group)
+    return build_loss(
+        config.loss,
+        vocab=vocab,
+        sequence_parallel=config.parallel.sequence_parallel,
+        cp_group=topology.cp_group,
+    )
+
+
+def wrap_model(chunks: Sequence[torch.nn.Module], spec: StudentSpec, config: RunConfig) -> list[Any]:
+    """Megatron's data-parallel wrapper around each chunk; gradients accumulate and reduce in fp32."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    settings = DistributedDataParallelConfig(
+        use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
+        overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
+        overlap_param_gather=config.optimizer.overlap_param_gather,
+        grad_reduce_in_fp32=True,
+    )
+    # Only the first chunk is cut into buckets: gradients of the later ones are ready together.
+    model = [
+        DistributedDataParallel(spec.transformer_config, settings, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+    for chunk in model:
+        chunk.broadcast_params()
+    return model
+
+
+def build_optimizer(model: Sequence[Any], spec: StudentSpec, config: RunConfig) -> tuple[Any, Any]:
+    """Adam with fp32 main parameters, and its schedule, which counts in sequences.
+
+    No weight decay on vectors (norms, biases). As in Megatron, the schedule moves after each update, so with
+    a warm-up the first update has learning rate 0.
+    """
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    settings = config.optimizer
+    low_precision: dict[str, Any] = {}
+    if settings.use_precision_aware_optimizer:
+        low_precision = {
+            "use_precision_aware_optimizer": True,
+            "main_grads_dtype": torch.bfloat16,
+            "exp_avg_dtype": torch.bfloat16,
+            "exp_avg_sq_dtype": torch.bfloat16,
+        }
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.adam_beta1,
+            adam_beta2=settings.adam_beta2,
+            adam_eps=settings.adam_eps,
+            # Megatron computes the norm, which is logged and checked, only where it clips.
+            clip_grad=settings.clip_grad or math.inf,
+            bf16=config.train.precision == "bf16",
+            params_dtype=spec.transformer_config.params_dtype,
+            use_distributed_optimizer=settings.use_distributed_optimizer,
+            overlap_param_gather=settings.overlap_param_gather,
+            **low_precision,
+        ),
+        list(model),
+    )
+    batch = config.train.global_batch_size
+    warmup = settings.lr_warmup_iters * batch
+    decay = (settings.lr_decay_iters or config.train.train_iters) * batch
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=max(decay, warmup + 1),  # a short trial run may end within the warm-up
+        lr_decay_style=settings.lr_decay_style,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    return optimizer, scheduler
+
+
+def _connect_schedule(transformer: Any, model: Sequence[Any], optimizer: Any, config: RunConfig) -> None:
+    """What Megatron's pipeline schedules call back; one callable per chunk under virtual stages."""
+    from megatron.core.distributed import finalize_model_grads
+
+    transformer.finalize_model_grads_func = finalize_model_grads
+    transformer.grad_scale_func = optimizer.scale_loss
+    if config.optimizer.overlap_grad_reduce:
+        transformer.no_sync_func = _per_chunk([chunk.no_sync for chunk in model])
+    if config.optimizer.overlap_param_gather:
+        transformer.param_sync_func = _per_chunk([chunk.start_param_sync for chunk in model])
+
+
+def _per_chunk(functions: list[Any]) -> Any:
+    return functions if len(functions) > 1 else functions[0]
+
+
+def _deterministic() -> None:
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def standard_hooks(config: RunConfig) -> list[Hook]:
+    """In the order in which they act after a step: what ends the run, what is measured, what is kept."""
+    from lopd_megatron.train.hooks import SaveHook, StopHook
+    from lopd_megatron.train.log import LogHook
+
+    return [StopHook(config.train.exit_duration_in_mins), LogHook(config), SaveHook()]
