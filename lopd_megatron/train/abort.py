@@ -1,4 +1,4 @@
-"""One rank's failure ends the whole job: its peers may be inside a collective with it and would wait for ever."""
+"""One rank's failure ends the whole job: its peers may wait for it in a collective, for ever."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class Checkpoints:
         self.last_saved = trainer.iteration
 
     def poll(self) -> None:
-        """Publish an asynchronous save that every rank has written; one small all-reduce while one is open."""
+        """Publish an asynchronous save that every rank has written; one small all-reduce if one is open."""
         if self._queue.get_num_unfinalized_calls():
             self._queue.maybe_finalize_async_calls(blocking=False)
 

@@ -163,9 +163,9 @@ def _refuse_other_optimizer(trainer: Trainer, folder: Path, stored: dict[str, An
     # Experts get an optimizer of their own only under expert parallelism.
     if (stored["expert_model_parallel_size"] > 1) != (config.parallel.expert_model_parallel_size > 1):
         raise UserError(
-            f"{folder} was written with expert_model_parallel_size={stored['expert_model_parallel_size']}, this "
-            f"run has {config.parallel.expert_model_parallel_size}: optimizer state moves among sizes > 1 only; "
-            "choose such a size, or export to Hugging Face and start a new run"
+            f"{folder} was written with expert_model_parallel_size={stored['expert_model_parallel_size']}, "
+            f"this run has {config.parallel.expert_model_parallel_size}: optimizer state moves among sizes > "
+            "1 only; choose such a size, or export to Hugging Face and start a new run"
         )
 
 
@@ -206,7 +206,7 @@ def _prepare_results_queue() -> None:
 
     manager = SyncManager(ctx=multiprocessing.get_context("fork"))
     manager.start(initializer=_end_with, initargs=(os.getpid(),))
-    filesystem_async._results_queue = manager.Queue()  # type: ignore[attr-defined]
+    filesystem_async._results_queue = manager.Queue()
 
 
 def _end_with(parent: int) -> None:

@@ -17,7 +17,7 @@ PEAK_BF16_FLOPS = {
 
 
 def device_peak_flops() -> float | None:
-    """Peak of this device; None on a CPU and for a device that is not in the table: then no MFU is reported."""
+    """Peak of this device; None on a CPU and for one that is not in the table: no MFU is reported."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()

@@ -53,7 +53,7 @@ def train_step(trainer: Trainer, batch: StepBatch) -> StepResult:
 
 
 def run_microbatches(trainer: Trainer, batch: StepBatch, *, forward_only: bool) -> list[LossOutput]:
-    """Megatron's pipeline schedule over the micro-batches; the loss of each on the last stage, [] elsewhere."""
+    """Megatron's pipeline schedule over the micro-batches; its losses on the last stage, [] elsewhere."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     outputs: list[LossOutput] = []
@@ -128,8 +128,8 @@ def check_finite(trainer: Trainer, report: dict[str, torch.Tensor]) -> None:
         dist.all_gather_object(messages, str(error))
         first = next((message for message in messages if "document" in message), messages[0])
         raise UserError(
-            f"iteration {trainer.iteration + 1}: {first}; the last checkpoint is good; look at the document with "
-            "tools/inspect_dataset.py, or lower optimizer.lr"
+            f"iteration {trainer.iteration + 1}: {first}; the last checkpoint is good; look at the document "
+            "with tools/inspect_dataset.py, or lower optimizer.lr"
         ) from None
 
 
