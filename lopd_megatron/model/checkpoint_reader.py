@@ -55,17 +55,17 @@ class CheckpointTensors:
 
     def _locate(self, weight: Weight) -> tuple[str, tuple[int, ...]]:
         """Key on disk and the position in its leading dimensions (layer, expert) where it is stacked."""
-        key, layer, expert = _disk_key(weight.name, self._spec.moe_layers)
+        key, layer, expert = disk_key(weight.name, self._spec.moe_layers)
         index = () if expert is None else (expert,)
         if key in self._shapes:
             return key, index
-        stacked = re.sub(r"(?<=decoder\.layers\.)\d+\.", "", key)
+        stacked = stacked_key(key)
         if layer is not None and stacked in self._shapes:
             return stacked, (layer, *index)
         raise UserError(f"checkpoint {self._folder} has no {key}; it was written for another model")
 
 
-def _disk_key(name: str, moe_layers: list[bool]) -> tuple[str, int | None, int | None]:
+def disk_key(name: str, moe_layers: list[bool]) -> tuple[str, int | None, int | None]:
     """Table name → (key with its layer number, layer, expert)."""
     match = re.match(r"decoder\.layers\.(\d+)\.", name)
     layer = int(match[1]) if match else None
@@ -75,3 +75,14 @@ def _disk_key(name: str, moe_layers: list[bool]) -> tuple[str, int | None, int |
     match = re.search(r"local_experts\.(\d+)\.", key)
     expert = int(match[1]) if match else None
     return re.sub(r"local_experts\.\d+\.", "experts.", key), layer, expert
+
+
+def stacked_key(key: str) -> str:
+    """The key that all layers of one kind share: without the layer number."""
+    return re.sub(r"(?<=decoder\.layers\.)\d+\.", "", key)
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """`folder` itself, or the checkpoint that its `latest_checkpointed_iteration.txt` names."""
+    pointer = folder / "latest_checkpointed_iteration.txt"
+    return folder / f"iter_{int(pointer.read_text()):07d}" if pointer.is_file() else folder

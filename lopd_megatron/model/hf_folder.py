@@ -32,15 +32,15 @@ class HfFolder:
         stored = {name for name in self._files if not _COMPUTED.search(name) and not _FUSED.match(name)}
         return stored | set(self._fused)
 
-    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """One tensor in its stored dtype, or a slice of its rows; the file is mapped, not read whole."""
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor in its stored dtype; only its bytes are read."""
         if name in self._fused:
             stored, expert, half = self._fused[name]
             with safe_open(self._files[stored], framework="pt") as handle:
                 tensor = handle.get_slice(stored)[expert]
             return tensor if half is None else tensor.chunk(2)[half]
         with safe_open(self._files[name], framework="pt") as handle:
-            return handle.get_tensor(name) if rows is None else handle.get_slice(name)[rows]
+            return handle.get_tensor(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, from the file's header."""

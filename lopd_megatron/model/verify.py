@@ -1,13 +1,15 @@
-"""Logits of the student for fixed tokens, to compare with another implementation of the same model."""
+"""Proof that two forms of a model are the same: logits on fixed tokens, tensors bit for bit."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from lopd_megatron.model.hf_folder import HfFolder
 from lopd_megatron.model.student import StudentModel, full_logits
 from lopd_megatron.parallel.topology import Topology
 from lopd_megatron.records import MicroBatch
@@ -78,3 +80,31 @@ def student_logits(
         return None
     logits = collected[0][: sum(map(len, documents))]
     return list(logits.split([len(document) for document in documents]))
+
+
+def fixed_documents(vocab_size: int, lengths: Sequence[int] = (16, 33, 64)) -> list[torch.Tensor]:
+    """The same random token ids on every machine and at every time, int64."""
+    generator = torch.Generator().manual_seed(1234)
+    return [torch.randint(0, vocab_size, (length,), generator=generator) for length in lengths]
+
+
+def transformers_logits(folder: str | Path, documents: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """What transformers computes for the same documents, float32, eager attention, on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+    ).eval()
+    with torch.no_grad():
+        return [model(document[None]).logits[0] for document in documents]
+
+
+def differing_tensors(first: str | Path, second: str | Path) -> list[str]:
+    """Names of tensors that two Hugging Face folders do not share bit for bit; reads them one at a time."""
+    a, b = HfFolder(first), HfFolder(second)
+    differing = sorted(a.names() ^ b.names())
+    for name in sorted(a.names() & b.names()):
+        x, y = a.read(name), b.read(name)
+        if x.dtype != y.dtype or not torch.equal(x, y):
+            differing.append(name)
+    return differing

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from lopd_megatron.errors import UserError
 from lopd_megatron.model.config import StudentSpec
-from lopd_megatron.model.export import check_output, write_hf_folder
+from lopd_megatron.model.export import WholeTensors, check_output, write_hf_folder
 from lopd_megatron.model.hf_folder import HfFolder
 from lopd_megatron.model.names import (
     Weight,
@@ -36,16 +36,25 @@ def load_hf(
     Each rank reads the tensors its parameters are made of, one at a time. A tensor that the model has no
     place for, a parameter without a tensor and a wrong shape are UserErrors that name them.
     """
-    source = HfFolder(folder)
+    load_tensors(chunks, HfTensors(folder, spec), spec, topology)
+
+
+def load_tensors(
+    chunks: Sequence[StudentModel], source: WholeTensors, spec: StudentSpec, topology: Topology
+) -> None:
+    """Set every parameter of `chunks` from whole Megatron tensors; no collectives."""
     table = weight_table(spec)
-    check_coverage(source, table, spec)
     for name, parameter in named_parameters(chunks, spec, topology):
         weight = table[name]
-        tensor = _read_shard(source, weight, spec, topology)
+        if weight.expert:
+            rank, size = topology.expert_tp_rank, topology.expert_tp_size
+        else:
+            rank, size = topology.tp_rank, topology.tp_size
+        tensor = shard(weight, source.read(weight), rank, size)
         if tensor.shape != parameter.shape:
             raise UserError(
-                f"{' + '.join(weight.hf_names)} in {folder} gives shape {tuple(tensor.shape)} for {name}, "
-                f"which has {tuple(parameter.shape)}; config.json and weights do not belong together"
+                f"{name} has shape {tuple(parameter.shape)} here and {tuple(tensor.shape)} in the files "
+                f"({' + '.join(weight.hf_names)}); config.json and weights do not belong together"
             )
         with torch.no_grad():
             parameter.copy_(tensor)
@@ -71,45 +80,48 @@ def named_parameters(
             yield name, parameter
 
 
-def check_coverage(source: HfFolder, table: dict[str, Weight], spec: StudentSpec) -> None:
-    """Every tensor of the folder is used once and none is missing; else a UserError names the first ones."""
-    wanted = {hf_name for weight in table.values() for hf_name in weight.hf_names}
-    present = source.names()
-    if spec.tied_embeddings:
-        present.discard("lm_head.weight")  # a second copy of the embedding in some folders
-    for names, problem in ((wanted - present, "lacks"), (present - wanted, "has unknown")):
-        if names:
-            first = ", ".join(sorted(names)[:3])
+class HfTensors:
+    """Whole Megatron tensors, merged from a Hugging Face folder as they are asked for."""
+
+    def __init__(self, folder: str | Path, spec: StudentSpec) -> None:
+        """A UserError where the tensors of the folder are not exactly those of the model."""
+        self.dtype: torch.dtype = spec.transformer_config.params_dtype
+        self._files = HfFolder(folder)
+        self._spec = spec
+        self._check_coverage()
+
+    def shape(self, weight: Weight) -> tuple[int, ...]:
+        parts = [torch.empty(self._files.shape(name), device="meta") for name in weight.hf_names]
+        return tuple(self._pad(weight, merge(weight, parts, self._spec)).shape)
+
+    def read(self, weight: Weight) -> torch.Tensor:
+        """In the stored dtype, on the CPU."""
+        parts = [self._files.read(name) for name in weight.hf_names]
+        return self._pad(weight, merge(weight, parts, self._spec))
+
+    def _pad(self, weight: Weight, tensor: torch.Tensor) -> torch.Tensor:
+        """Zero rows up to the padded vocabulary."""
+        if not weight.vocabulary:
+            return tensor
+        if len(tensor) != self._spec.vocab_size:
             raise UserError(
-                f"{source.folder} {problem} {len(names)} tensor(s): {first}; is it a whole "
-                f"{spec.hf_config['model_type']} model?"
+                f"{weight.hf_names[0]} in {self._files.folder} has {len(tensor)} rows and config.json says "
+                f"vocab_size {self._spec.vocab_size}; they do not belong together"
             )
+        missing = self._spec.padded_vocab_size - len(tensor)
+        return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
 
-
-def _read_shard(source: HfFolder, weight: Weight, spec: StudentSpec, topology: Topology) -> torch.Tensor:
-    """This rank's part of a parameter, on the CPU, in the stored dtype."""
-    if weight.expert:
-        rank, size = topology.expert_tp_rank, topology.expert_tp_size
-    else:
-        rank, size = topology.tp_rank, topology.tp_size
-    if weight.vocabulary:
-        return _read_vocabulary_rows(source, weight.hf_names[0], spec, rank, size)
-    whole = merge(weight, [source.read(name) for name in weight.hf_names], spec)
-    return shard(weight, whole, rank, size)
-
-
-def _read_vocabulary_rows(
-    source: HfFolder, name: str, spec: StudentSpec, rank: int, size: int
-) -> torch.Tensor:
-    """Rows of the padded vocabulary; those that stand for no token are zero."""
-    stored = source.shape(name)[0]
-    if stored != spec.vocab_size:
-        raise UserError(f"{name} has {stored} rows and config.json says vocab_size {spec.vocab_size}")
-    per_rank = spec.padded_vocab_size // size
-    begin, end = rank * per_rank, (rank + 1) * per_rank
-    rows = source.read(name, slice(min(begin, stored), min(end, stored)))
-    padding = rows.new_zeros((per_rank - rows.shape[0], *rows.shape[1:]))
-    return torch.cat([rows, padding]) if len(padding) else rows
+    def _check_coverage(self) -> None:
+        wanted = {name for weight in weight_table(self._spec).values() for name in weight.hf_names}
+        present = self._files.names()
+        if self._spec.tied_embeddings:
+            present.discard("lm_head.weight")  # some folders store the embedding twice
+        for names, problem in ((wanted - present, "lacks"), (present - wanted, "has unknown")):
+            if names:
+                raise UserError(
+                    f"{self._files.folder} {problem} {len(names)} tensor(s): {', '.join(sorted(names)[:3])}; "
+                    f"is it a whole {self._spec.hf_config['model_type']} model?"
+                )
 
 
 def export_hf(

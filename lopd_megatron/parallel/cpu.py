@@ -56,7 +56,13 @@ def _patch_tensor() -> None:
 
 
 class _Stream:
-    """Stands for a CUDA stream or event: the CPU has one queue, so every wait is already over."""
+    """Stands for a CUDA stream or event: the CPU has one queue, so every wait is already over.
+
+    A class and not a function, because libraries write `torch.cuda.Stream | None` in annotations.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -70,7 +76,7 @@ def _patch_torch_cuda() -> None:
     cuda.current_device = lambda: _CPU
     cuda.synchronize = lambda *args, **kwargs: None
     cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: stream
-    cuda.Stream = cuda.Event = lambda *args, **kwargs: _Stream()
+    cuda.Stream = cuda.Event = _Stream
     cuda.stream = lambda *args: contextlib.nullcontext()
     cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
