@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 
 from lopd_megatron.errors import EXIT_USER_ERROR, UserError
+from lopd_megatron.train.launched import launch_rank
 
 OTHER_RANKS_WAIT_S = 3.0
 
@@ -20,7 +21,7 @@ def run_rank(main: Callable[[], int]) -> None:
     wait for the launcher to end them; an error that only one rank has still appears. Everything else keeps
     its traceback. The process leaves without clean-up, which could block on a peer.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    rank = launch_rank()
     code = 1
     try:
         code = main()

@@ -3,7 +3,7 @@
     run_dir/checkpoints/
         iter_0000150/                       one checkpoint; the name appears when it is whole
             __0_0.distcp … .metadata common.pt metadata.json     Megatron's files
-            checkpoint.json                 iteration, layout, lineage, and the size of every file
+            checkpoint.json                 iteration, layout, inputs, and the size of every file
         latest_checkpointed_iteration.txt   written last
         .iter_0000200.*.tmp/                being written, or what a killed writer left; never read
 
@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import UserError
 from lopd_megatron.files import atomic_path, fsync_path, write_json
+from lopd_megatron.lineage import Fingerprint
 from lopd_megatron.parallel.topology import Topology
 from lopd_megatron.progress import say
 from lopd_megatron.train import checkpoint_state
@@ -41,8 +42,8 @@ class Checkpoints:
         self.folder = config.paths.checkpoints
         self.settings = config.checkpoint
         self.topology = topology
-        self.lineage: dict[str, Any] = {}
-        """What the run started from and trains on; `load` refuses a checkpoint with another one."""
+        self.inputs: dict[str, Any] = {}
+        """`Inputs.describe()`: `load` refuses a checkpoint of another model or dataset."""
         # The persistent writer divides by the number of GPUs and copies CPU tensors through shared memory.
         self._queue = AsyncCallsQueue(persistent=False)
         self.last_saved = -1
@@ -59,7 +60,7 @@ class Checkpoints:
             "iteration": trainer.iteration,
             "consumed_train_samples": trainer.consumed_train_samples,
             "layout": checkpoint_state.layout(trainer),
-            "lineage": self.lineage,
+            "inputs": self.inputs,
         }
         request = checkpoint_state.write(trainer, temporary, description, async_save=self.settings.async_save)
         publish = self._publisher(temporary, description)
@@ -133,17 +134,24 @@ class Checkpoints:
         return True
 
     def load(self, trainer: Trainer, folder: Path, description: dict[str, Any]) -> None:
-        """Fill `trainer` from one checkpoint; refused when its lineage or its optimizer does not fit."""
-        for what, value in self.lineage.items():
-            stored = description["lineage"].get(what)
-            if stored != value:
-                raise UserError(
-                    f"checkpoint {folder} has another {what}: it has {stored}, this run has {value}; "
-                    "choose another run_dir, or give the inputs that the checkpoint was made with"
-                )
+        """Fill `trainer` from one checkpoint; refused when its inputs or its optimizer do not fit."""
+        for what in ("model", "dataset"):
+            refuse_other_input(folder, what, description["inputs"].get(what), self.inputs.get(what))
         checkpoint_state.read(trainer, folder, description)
         if self.topology.rank == 0:
             say(f"resumed from {folder} at iteration {trainer.iteration}")
+
+
+def refuse_other_input(
+    folder: Path, what: str, stored: Fingerprint | None, current: Fingerprint | None
+) -> None:
+    """A UserError when a checkpoint was made from another model or dataset; None: not known, or not used."""
+    if stored and current and stored["fingerprint"] != current["fingerprint"]:
+        raise UserError(
+            f"{folder} was trained with another {what}: {stored['origin']} ({stored['fingerprint'][:16]}), "
+            f"this run has {current['origin']} ({current['fingerprint'][:16]}); choose another run_dir, or the "
+            f"{what} of the checkpoint"
+        )
 
 
 def newest(folder: Path) -> dict[str, Any] | None:

@@ -8,7 +8,9 @@ import torch.distributed as dist
 
 from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import EXIT_REQUEUE
+from lopd_megatron.parallel import topology as grid
 from lopd_megatron.progress import say
+from lopd_megatron.train.launched import launch_rank, launch_world_size
 from lopd_megatron.train.state import BatchSource, Hook, Trainer
 
 
@@ -19,10 +21,15 @@ def run(config: RunConfig, *, hooks: Sequence[Hook] = (), batches: BatchSource |
     before the standard ones, so what they do to the weights is logged, validated and saved; `batches`
     replaces the dataset.
     """
+    from lopd_megatron.train.inputs import check_inputs
     from lopd_megatron.train.setup import build_trainer, standard_hooks
 
+    grid.check_world_size(config.parallel, launch_world_size())
+    inputs = [check_inputs(config).describe() if batches is None and launch_rank() == 0 else {}]
     trainer = build_trainer(config, hooks=hooks, batches=batches)
     trainer.hooks += standard_hooks(config)
+    dist.broadcast_object_list(inputs, src=0)
+    trainer.checkpoints.inputs = inputs[0]
     trainer.checkpoints.load_latest(trainer)
     if trainer.topology.rank == 0:
         config.dump(config.paths.config)

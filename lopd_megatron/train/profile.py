@@ -11,7 +11,7 @@ from lopd_megatron.train.state import Hook, StepResult, Trainer
 
 
 class ProfileHook(Hook):
-    """Records iterations [first, last) of `train.profile_iters` into run_dir/logs/trace_*.json (Chrome format)."""
+    """Records iterations [first, last) of `train.profile_iters` into run_dir/logs/trace_*.json (Chrome)."""
 
     def __init__(self, config: RunConfig) -> None:
         window = config.train.profile_iters

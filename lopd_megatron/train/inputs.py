@@ -1,0 +1,77 @@
+"""What a run starts from and trains on: checked before an accelerator is touched, recorded in checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lopd_megatron.config import RunConfig
+from lopd_megatron.data.manifest import Manifest, read_manifest
+from lopd_megatron.lineage import (
+    Fingerprint,
+    Lineage,
+    check_consistency,
+    model_fingerprint,
+    read_model_lineage,
+    tokenizer_fingerprint,
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Content of the inputs, and the lineage of the model that training makes of them."""
+
+    model: Fingerprint
+    dataset: Fingerprint
+    model_lineage: dict[str, Any]
+    """`lineage.Lineage` of the trained weights; an export writes it beside them."""
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values, for `checkpoint.json`."""
+        return asdict(self)
+
+
+def check_inputs(config: RunConfig) -> Inputs:
+    """Hold the lineage rules on the student, the teacher and every dataset; one process is enough.
+
+    The first time it reads every byte of the student; hashes are cached.
+    """
+    manifests = [read_manifest(prefix) for prefix in config.dataset_prefixes]
+    reason = config.lineage.allow_mismatch
+    for prefix, manifest in zip(config.dataset_prefixes, manifests, strict=True):
+        reason = check_consistency(
+            student=config.model.student,
+            teacher=config.model.teacher or None,
+            data=manifest.lineage,
+            data_origin=prefix,
+            objective=config.loss.objective,
+            allow_mismatch=config.lineage.allow_mismatch,
+        )
+    start = model_fingerprint(config.model.student)
+    lineage = trained_lineage(config, manifests, start, reason)
+    return Inputs(start, _datasets_fingerprint(config, manifests), lineage.model_dump())
+
+
+def trained_lineage(config: RunConfig, manifests: list[Manifest], start: Fingerprint, reason: str) -> Lineage:
+    """What is to be known of the trained weights: SFT names its teacher, distillation keeps that name."""
+    data = manifests[0].lineage
+    parent = read_model_lineage(config.model.student)
+    is_sft = config.loss.objective == "sft"
+    return Lineage(
+        teacher=None if is_sft else data.teacher,
+        sft_teacher=data.generator if is_sft else parent.sft_teacher,
+        start=start,
+        tokenizer=tokenizer_fingerprint(config.model.student),
+        parents=[start["fingerprint"], *(manifest.fingerprint for manifest in manifests)],
+        allow_mismatch=reason,
+    )
+
+
+def _datasets_fingerprint(config: RunConfig, manifests: list[Manifest]) -> Fingerprint:
+    content = " ".join(manifest.fingerprint for manifest in manifests)
+    return {
+        "kind": "dataset",
+        "fingerprint": hashlib.sha256(content.encode()).hexdigest(),
+        "origin": ", ".join(config.dataset_prefixes),
+    }
