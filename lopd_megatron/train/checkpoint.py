@@ -60,7 +60,7 @@ class Checkpoints:
             "iteration": trainer.iteration,
             "consumed_train_samples": trainer.consumed_train_samples,
             "layout": checkpoint_state.layout(trainer),
-            "inputs": self.inputs,
+            **self.inputs,
         }
         request = checkpoint_state.write(trainer, temporary, description, async_save=self.settings.async_save)
         publish = self._publisher(temporary, description)
@@ -136,7 +136,7 @@ class Checkpoints:
     def load(self, trainer: Trainer, folder: Path, description: dict[str, Any]) -> None:
         """Fill `trainer` from one checkpoint; refused when its inputs or its optimizer do not fit."""
         for what in ("model", "dataset"):
-            refuse_other_input(folder, what, description["inputs"].get(what), self.inputs.get(what))
+            refuse_other_input(folder, what, description.get(what), self.inputs.get(what))
         checkpoint_state.read(trainer, folder, description)
         if self.topology.rank == 0:
             say(f"resumed from {folder} at iteration {trainer.iteration}")
@@ -149,8 +149,8 @@ def refuse_other_input(
     if stored and current and stored["fingerprint"] != current["fingerprint"]:
         raise UserError(
             f"{folder} was trained with another {what}: {stored['origin']} ({stored['fingerprint'][:16]}), "
-            f"this run has {current['origin']} ({current['fingerprint'][:16]}); choose another run_dir, or the "
-            f"{what} of the checkpoint"
+            f"this run has {current['origin']} ({current['fingerprint'][:16]}); choose another run_dir, or "
+            f"give the {what} of the checkpoint"
         )
 
 

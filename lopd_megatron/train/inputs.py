@@ -24,7 +24,7 @@ class Inputs:
 
     model: Fingerprint
     dataset: Fingerprint
-    model_lineage: dict[str, Any]
+    lineage: dict[str, Any]
     """`lineage.Lineage` of the trained weights; an export writes it beside them."""
 
     def describe(self) -> dict[str, Any]:
