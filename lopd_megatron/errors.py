@@ -10,6 +10,10 @@ EXIT_REQUEUE = 85
 """The program saved its state and stopped before it was finished: start the same command again."""
 
 
+EXIT_DOCUMENTS_FAILED = 3
+"""The stage is finished, but documents were set aside with their errors."""
+
+
 class UserError(Exception):
     """A wrong input. `str(error)` is shown as it is, so it names the value, the limit and the fix."""
 

@@ -10,24 +10,20 @@ from __future__ import annotations
 
 from lopd_megatron.cli import dry_run, parse, parser
 from lopd_megatron.errors import run_program
-from lopd_megatron.inference import shards, stages
-from lopd_megatron.inference.engine import VllmEngine
-from lopd_megatron.inference.worker import run_worker
+from lopd_megatron.inference import stages
 
 
 def main() -> int:
     arguments = parser(__doc__)
     arguments.add_argument("--worker", default="0/1", metavar="I/N", help="which of N workers this is")
+    arguments.add_argument(
+        "--max-failed", type=int, default=0, help="documents that may be set aside without exit code 3"
+    )
     config, options = parse(arguments)
-    paths, model = config.paths, stages.generator_model(config)
+    paths, share = config.paths, stages.Share.parse(options.worker, options.max_failed)
     if options.dry_run:
-        return dry_run(config, [paths.prompts, model], [paths.rollouts])
-    prompts = shards.complete_manifests(paths.prompts, "prompts")
-    engine = VllmEngine(model, config.rollout.engine, task="generate")
-    stage = stages.rollout_stage(config, prompts[0]["lineage"], engine.describe())
-    failed = run_worker(stage, engine, paths.prompts, paths.rollouts, len(prompts))
-    engine.close()
-    return 3 if failed else 0
+        return dry_run(config, [paths.prompts, stages.generator_model(config)], [paths.rollouts])
+    return stages.run_rollouts(config, share)
 
 
 if __name__ == "__main__":

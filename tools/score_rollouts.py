@@ -9,24 +9,20 @@ from __future__ import annotations
 
 from lopd_megatron.cli import dry_run, parse, parser
 from lopd_megatron.errors import run_program
-from lopd_megatron.inference import shards, stages
-from lopd_megatron.inference.engine import VllmEngine
-from lopd_megatron.inference.worker import run_worker
+from lopd_megatron.inference import stages
 
 
 def main() -> int:
     arguments = parser(__doc__)
     arguments.add_argument("--worker", default="0/1", metavar="I/N", help="which of N workers this is")
+    arguments.add_argument(
+        "--max-failed", type=int, default=0, help="documents that may be set aside without exit code 3"
+    )
     config, options = parse(arguments)
-    paths, model = config.paths, config.model.teacher
+    paths, share = config.paths, stages.Share.parse(options.worker, options.max_failed)
     if options.dry_run:
-        return dry_run(config, [paths.rollouts, model], [paths.scored])
-    rollouts = shards.complete_manifests(paths.rollouts, "rollouts")
-    engine = VllmEngine(model, config.scoring.engine, task="score", max_topk=config.scoring.topk)
-    stage = stages.scoring_stage(config, rollouts[0]["lineage"], engine.describe(), "flat")
-    failed = run_worker(stage, engine, paths.rollouts, paths.scored, len(rollouts))
-    engine.close()
-    return 3 if failed else 0
+        return dry_run(config, [paths.rollouts, config.model.teacher], [paths.scored])
+    return stages.run_scoring(config, share)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +53,10 @@ CPU_KV_CACHE_LIMIT = 1 << 30
 CPU_KV_BLOCK = 128  # tokens
 
 
+class BadAnswer(Exception):
+    """The engine answered something that cannot be right."""
+
+
 class VllmEngine:
     """An engine for one Hugging Face folder. See `requests.Engine` for the contract of the streams.
 
@@ -65,12 +71,15 @@ class VllmEngine:
         self.model = model
         self.config = config
         self.hf_config = read_hf_config(model)
-        self.max_num_batched_tokens = config.max_num_batched_tokens
+        self.on_step: Callable[[], None] = lambda: None
         on_cpu = not torch.cuda.is_available()
         _set_environment(on_cpu)
         _check_context(self.hf_config, config, model)
-        from vllm import EngineArgs, LLMEngine
+        with warnings.catch_warnings():  # of torch, about vLLM's scan of all modules
+            warnings.simplefilter("ignore", FutureWarning)
+            from vllm import EngineArgs, LLMEngine
 
+        dtype: Literal["bfloat16", "float32"]
         dtype = config.dtype if config.dtype != "auto" else ("float32" if on_cpu else "bfloat16")
         # One more than the longest document: vLLM always samples one token after a scored prompt.
         arguments: dict[str, Any] = {
@@ -93,6 +102,11 @@ class VllmEngine:
         if dtype == "bfloat16":
             # A bf16 logit of 16 to 32 is rounded to 0.125; scores need the fp32 head.
             arguments["hf_overrides"] = {"head_dtype": "float32"}
+        if task == "score":
+            arguments["max_num_batched_tokens"] = min(
+                config.max_num_batched_tokens,
+                scoring_batch_tokens(self.hf_config["vocab_size"], _free_bytes(config, on_cpu)),
+            )
         if on_cpu:
             head_dim = _head_dim(self.hf_config)
             if head_dim not in CPU_HEAD_SIZES:
@@ -107,7 +121,10 @@ class VllmEngine:
                     config.max_num_batched_tokens, config.max_model_len + 1
                 )
         self.dtype = dtype
-        self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        self.max_num_batched_tokens: int = arguments["max_num_batched_tokens"]
         self._in_flight_limit = 2 * config.max_num_seqs
         self._serial = 0
 
@@ -164,8 +181,10 @@ class VllmEngine:
             sample = output.outputs[0]
             logprobs = np.fromiter(sample.logprobs.logprobs, np.float32)
             tokens = list(sample.token_ids)
-            assert len(tokens) == len(logprobs) > 0
-            assert sample.finish_reason in ("stop", "length"), sample.finish_reason
+            if sample.finish_reason not in ("stop", "length"):
+                raise BadAnswer(f"vLLM ended the response with {sample.finish_reason!r}")
+            if not len(tokens) == len(logprobs) > 0 or not np.isfinite(logprobs).all():
+                raise BadAnswer(f"{len(tokens)} tokens with the log-probs {logprobs}")
             return Generation(request.key, tokens, logprobs, sample.finish_reason)
 
         yield from self._stream(requests, lambda r: r.prompt_tokens, parameters, answer)
@@ -257,9 +276,13 @@ class VllmEngine:
                         continue
                     in_flight[name] = request
                 for output in self._step() if in_flight else ():
-                    if output.finished:
-                        request = in_flight.pop(output.request_id)
+                    if not output.finished:
+                        continue
+                    request = in_flight.pop(output.request_id)
+                    try:
                         yield answer(request, output)
+                    except BadAnswer as error:
+                        yield Failure(request.key, str(error))
         finally:
             if in_flight:  # the reader went away: do not leave its work to the next one
                 with contextlib.suppress(Exception):
@@ -277,6 +300,7 @@ class VllmEngine:
     def _step(self) -> list[Any]:
         from vllm.v1.engine.exceptions import EngineDeadError
 
+        self.on_step()
         try:
             return self._engine.step()
         except (EngineDeadError, MemoryError, torch.OutOfMemoryError) as error:
@@ -313,6 +337,26 @@ def _check_context(hf_config: dict[str, Any], config: EngineConfig, model: str) 
         os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
 
 
+def scoring_batch_tokens(vocab_size: int, free_bytes: float) -> int:
+    """Tokens per step whose scores fit in `free_bytes`, at least 256.
+
+    vLLM's V1 runner holds logits, their log-softmax and a comparison for the ranks of all prompt tokens of a
+    step at once, 12 bytes per token and word, and its start-up profile does not count them.
+    """
+    return max(int(free_bytes / (12 * vocab_size)), 256)
+
+
+def _free_bytes(config: EngineConfig, on_cpu: bool) -> float:
+    """Memory for scores: what the engine leaves free of the GPU, or a quarter of what the host has free."""
+    if on_cpu:
+        import psutil
+
+        return psutil.virtual_memory().available / 4
+    from vllm.platforms import current_platform
+
+    return current_platform.get_device_total_memory() * (1 - config.gpu_memory_utilization)
+
+
 def _set_environment(on_cpu: bool) -> None:
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -322,6 +366,7 @@ def _set_environment(on_cpu: bool) -> None:
         torch.set_num_threads(1)
     for name, value in CPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # "Triton not available" on a CPU
     if "torch._dynamo" in sys.modules:  # it read its environment when it was imported
         torch._dynamo.config.disable = os.environ["TORCHDYNAMO_DISABLE"] == "1"
 
@@ -343,13 +388,16 @@ def _cpu_kv_cache_bytes(hf_config: dict[str, Any], config: EngineConfig, dtype: 
 
 def _score(request: ScoreRequest, ids: np.ndarray | None, logprobs: np.ndarray, topk: int) -> Score:
     """Split [r, 1 + k] (sampled token first, then the k most likely) into a `Score`; check its alignment."""
-    length = len(request.tokens) - request.start
-    assert logprobs is not None, f"no scores for {request.key}"
-    assert logprobs.shape == (length, 1 + topk), (logprobs.shape, length, topk)
+    given = request.tokens[request.start :]
+    if logprobs is None or logprobs.shape != (len(given), 1 + topk):
+        shape = None if logprobs is None else logprobs.shape
+        raise BadAnswer(f"scores of shape {shape} for {len(given)} tokens and k = {topk}")
     if ids is None:
-        ids = np.empty((length, 1), np.int32)
-    else:
-        assert ids[:, 0].tolist() == request.tokens[request.start :], "scores are not of the given ids"
+        ids = np.asarray(given, np.int32)[:, None]
+    if ids[:, 0].tolist() != given:
+        raise BadAnswer("the scores are not of the given token ids")
+    if not np.isfinite(logprobs).all():
+        raise BadAnswer(f"not finite: the log-prob at position {int(np.argmin(np.isfinite(logprobs[:, 0])))}")
     logprobs = logprobs.astype(np.float32)
     return Score(
         request.key, logprobs[:, 0].copy(), ids[:, 1:].astype(np.int32), np.ascontiguousarray(logprobs[:, 1:])

@@ -1,127 +1,163 @@
-"""Accuracy of a model on problems with known answers: avg@k, maj@k and pass@k with standard errors."""
+"""Sampled answers of models to problems, graded. Problems and answers are shards, as everywhere: an evaluation
+that was killed goes on, and several workers can share one.
+"""
 
 from __future__ import annotations
 
-import math
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lopd_megatron.config import EvaluationConfig
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lopd_megatron.config import EngineConfig, EvaluationConfig, RunConfig
 from lopd_megatron.errors import UserError
+from lopd_megatron.files import atomic_path, write_json
+from lopd_megatron.inference import shards
+from lopd_megatron.inference.accuracy import summarize
+from lopd_megatron.inference.engine import VllmEngine
 from lopd_megatron.inference.grading import GRADERS, SUFFIXES
-from lopd_megatron.inference.prompts import Template
-from lopd_megatron.inference.requests import Engine, Failure, GenerationRequest, Sampling, document_seed
+from lopd_megatron.inference.prompts import Template, input_hash, load_tokenizer
+from lopd_megatron.inference.requests import Sampling
+from lopd_megatron.inference.rollouts import RolloutStage, stop_token_ids
 from lopd_megatron.inference.sources import read_rows
+from lopd_megatron.inference.worker import Worker
+from lopd_megatron.lineage import Lineage, model_fingerprint, tokenizer_fingerprint
+from lopd_megatron.progress import say
+from lopd_megatron.records import PROBLEM_RESULT_SCHEMA, PROMPT_SCHEMA, ROLLOUT_SCHEMA
+
+ANSWERS_PER_SHARD = 1024
+
+
+def run_evaluation(config: RunConfig, models: Sequence[tuple[str, str]], worker: tuple[int, int]) -> int:
+    """Evaluate (name, folder) models one after the other. Models of one architecture share an engine."""
+    engine: VllmEngine | None = None
+    for name, model in models:
+        evaluation = _Evaluation(config, name, model)
+        if evaluation.is_done():
+            continue
+        if engine is None or not engine.reload(model):
+            if engine is not None:
+                engine.close()
+            say(f"evaluation of {name}: starting vLLM")
+            engine = VllmEngine(model, config.evaluation.engine, task="generate")
+        engine = evaluation.sample(engine, worker)
+        evaluation.grade()
+    if engine is not None:
+        engine.close()
+    return 0
+
+
+class _Evaluation:
+    """One model on all problem files, below `evaluation/<name>/`, summed up in `evaluation/<name>.json`."""
+
+    def __init__(self, config: RunConfig, name: str, model: str) -> None:
+        section = config.evaluation
+        self.section, self.name, self.model = section, name, model
+        self.summary_path = config.paths.evaluation / f"{name}.json"
+        self.problems = config.paths.evaluation / name / "problems"
+        self.answers = config.paths.evaluation / name / "answers"
+        self.tokenizer = load_tokenizer(model, trust_remote_code=config.model.trust_remote_code)
+        prompts = config.prompts
+        template = Template(self.tokenizer, prompts.apply_chat_template, prompts.enable_thinking)
+        rows = read_problems(section, template)
+        stop = stop_token_ids(model)
+        self.sampling = Sampling(section.temperature, section.top_p, section.max_response_tokens, stop)
+        self.lineage = Lineage(
+            generator=model_fingerprint(model),
+            tokenizer=tokenizer_fingerprint(model),
+            prompts={
+                "input": {Path(path).name: input_hash(path) for path in section.input},
+                "apply_chat_template": prompts.apply_chat_template,
+                "enable_thinking": prompts.enable_thinking,
+            },
+            sampling={
+                **section.model_dump(mode="json", exclude={"engine", "input"}),
+                "stop_token_ids": list(stop),
+            },
+        )
+        self.num_shards = min(-(-len(rows) * section.num_samples_per_problem // ANSWERS_PER_SHARD), len(rows))
+        for index in range(self.num_shards):
+            if shards.read_manifest(self.problems, index) is None:
+                self.problems.mkdir(parents=True, exist_ok=True)
+                table = pa.Table.from_pylist(rows[index :: self.num_shards], schema=PROMPT_SCHEMA)
+                shards.write_shard(
+                    self.problems,
+                    index,
+                    table,
+                    kind="prompts",
+                    num_shards=self.num_shards,
+                    lineage=self.lineage,
+                )
+        shards.refuse_other_lineage(self.problems, self.num_shards, self.lineage)
+
+    def is_done(self) -> bool:
+        if self.summary_path.exists():
+            say(f"{self.summary_path} is there already")
+        return self.summary_path.exists()
+
+    def sample(self, engine: VllmEngine, worker: tuple[int, int]) -> VllmEngine:
+        """Make all answers that are missing; returns the engine that is open at the end."""
+        lineage = self.lineage.model_copy(update={"engine": {"rollouts": engine.describe()}})
+        section = self.section
+        stage = RolloutStage(self.sampling, section.num_samples_per_problem, section.seed, lineage)
+
+        def open_engine(config: EngineConfig) -> VllmEngine:
+            return VllmEngine(self.model, config, task="generate")
+
+        work = Worker(stage, self.problems, self.answers, self.num_shards, worker=worker)
+        failed = work.run(engine, section.engine, open_engine)
+        if failed:
+            raise UserError(
+                f"{failed} answers failed, see {self.answers}/failed-*.json; accuracy would be wrong"
+            )
+        assert isinstance(work.engine, VllmEngine)
+        return work.engine
+
+    def grade(self) -> None:
+        rows = []
+        for index in range(self.num_shards):
+            rows += self._graded(shards.read_table(self.answers, index, ROLLOUT_SCHEMA).to_pylist())
+        rows.sort(key=lambda row: (row["problem_id"], row["sample_index"]))
+        summary = {"name": self.name, **summarize(rows), "lineage": self.lineage.model_dump()}
+        with atomic_path(self.summary_path.with_suffix(".parquet")) as temporary:
+            pq.write_table(pa.Table.from_pylist(rows, schema=PROBLEM_RESULT_SCHEMA), temporary)
+        write_json(self.summary_path, summary)
+        say(f"{self.name}: accuracy {summary['accuracy']:.4f} ± {summary['standard_error']:.4f}")
+
+    def _graded(self, answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        grade = GRADERS[self.section.grader]
+        rows = []
+        for answer in answers:
+            text = self.tokenizer.decode(answer["response_tokens"], skip_special_tokens=True)
+            extracted, correct = grade(text, answer["finish_reason"], answer["answer"])
+            kept = ("sample_index", "response_tokens", "finish_reason", "answer")
+            rows.append(
+                {key: answer[key] for key in kept}
+                | {"problem_id": answer["prompt_id"], "extracted": extracted, "correct": correct}
+            )
+        return rows
 
 
 def read_problems(config: EvaluationConfig, template: Template) -> list[dict[str, Any]]:
-    """`problem_id`, `prompt_tokens`, `answer` of every problem, in the order of the files."""
+    """Rows of PROMPT_SCHEMA, `prompt_id` being "file/row"; a problem without an answer is refused."""
     if not config.input:
         raise UserError("evaluation.input is empty; set it to jsonl files with questions and answers")
-    problems = []
+    rows = []
+    room = config.engine.max_model_len - config.max_response_tokens
     for path in config.input:
         for number, row in enumerate(read_rows(path)):
             if row.answer is None:
                 raise UserError(f"{path} row {number} has no answer; evaluation needs one for every problem")
             tokens = template.tokens(row.content, SUFFIXES[config.grader])
+            if len(tokens) > room:
+                raise UserError(
+                    f"{path} row {number} has {len(tokens)} tokens; evaluation.engine.max_model_len − "
+                    f"evaluation.max_response_tokens leaves {room}; raise the former"
+                )
             name = f"{Path(path).stem}/{number}"
-            problems.append({"problem_id": name, "prompt_tokens": tokens, "answer": row.answer})
-    return problems
-
-
-def evaluate(
-    engine: Engine,
-    tokenizer: Any,
-    problems: Sequence[dict[str, Any]],
-    config: EvaluationConfig,
-    stop_token_ids: tuple[int, ...],
-) -> list[dict[str, Any]]:
-    """Sample and grade; one row of PROBLEM_RESULT_SCHEMA per response, in order."""
-    sampling = Sampling(config.temperature, config.top_p, config.max_response_tokens, stop_token_ids)
-    requests = (
-        GenerationRequest(
-            (index, sample),
-            problem["prompt_tokens"],
-            document_seed(config.seed, f"{problem['problem_id']}/{sample}"),
-        )
-        for index, problem in enumerate(problems)
-        for sample in range(config.num_samples_per_problem)
-    )
-    grader = GRADERS[config.grader]
-    rows = []
-    for answer in sorted(engine.generate(requests, sampling), key=lambda a: a.key):
-        index, sample = answer.key
-        if isinstance(answer, Failure):
-            raise UserError(f"problem {problems[index]['problem_id']}: {answer.error}")
-        text = tokenizer.decode(answer.response_tokens, skip_special_tokens=True)
-        extracted, correct = grader(text, answer.finish_reason, problems[index]["answer"])
-        rows.append(
-            {
-                "problem_id": problems[index]["problem_id"],
-                "sample_index": sample,
-                "response_tokens": answer.response_tokens,
-                "finish_reason": answer.finish_reason,
-                "extracted": extracted,
-                "answer": problems[index]["answer"],
-                "correct": correct,
-            }
-        )
+            rows.append(
+                {"prompt_id": name, "prompt_tokens": tokens, "answer": row.answer, "source": row.source}
+            )
     return rows
-
-
-def summarize(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy over problems, each the mean of its k samples (avg@k = mean pass@1), and majority vote.
-
-    `standard_error` is that of the mean over problems, sqrt(variance of the per-problem means / (n − 1));
-    it covers both the choice of problems and the sampling.
-    """
-    by_problem: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        by_problem[row["problem_id"]].append(row)
-    samples = {len(group) for group in by_problem.values()}
-    assert len(samples) == 1, samples
-    k = samples.pop()
-    means = [sum(row["correct"] for row in group) / k for group in by_problem.values()]
-    majorities = [float(_majority(group)) for group in by_problem.values()]
-    passes = [float(any(row["correct"] for row in group)) for group in by_problem.values()]
-    all_rows = [row for group in by_problem.values() for row in group]
-    accuracy, error = _mean_and_error(means)
-    metrics = {
-        f"{name}@{count}": dict(zip(("value", "standard_error"), _mean_and_error(values), strict=True))
-        for name, count, values in (
-            ("pass", 1, means),
-            ("avg", k, means),
-            ("maj", k, majorities),
-            ("pass", k, passes),
-        )
-    }
-    return {
-        "accuracy": accuracy,
-        "standard_error": error,
-        "num_problems": len(by_problem),
-        "num_samples_per_problem": k,
-        "num_correct": sum(row["correct"] for row in all_rows),
-        "num_truncated": sum(row["finish_reason"] == "length" for row in all_rows),
-        "num_without_answer": sum(row["extracted"] is None for row in all_rows),
-        "response_tokens": sum(len(row["response_tokens"]) for row in all_rows),
-        "metrics": metrics,
-    }
-
-
-def _majority(group: list[dict[str, Any]]) -> bool:
-    """Whether the most frequent extracted answer is right; ties go to the one sampled first."""
-    votes = Counter(row["extracted"] for row in group if row["extracted"] is not None)
-    if not votes:
-        return False
-    winner = votes.most_common(1)[0][0]
-    return next(row["correct"] for row in group if row["extracted"] == winner)
-
-
-def _mean_and_error(values: list[float]) -> tuple[float, float]:
-    n = len(values)
-    mean = sum(values) / n
-    if n == 1:
-        return mean, 0.0
-    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)

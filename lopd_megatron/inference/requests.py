@@ -8,7 +8,7 @@ memory that does not grow with the number of documents.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -75,6 +75,9 @@ class EngineLost(Exception):
 
 
 class Engine(Protocol):
+    on_step: Callable[[], None]
+    """Called at every step of the engine, so that a caller can tell a slow engine from a dead one."""
+
     def generate(
         self, requests: Iterable[GenerationRequest], sampling: Sampling
     ) -> Iterator[Generation | Failure]: ...

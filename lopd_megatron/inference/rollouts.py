@@ -19,6 +19,7 @@ from lopd_megatron.inference.requests import (
     document_seed,
 )
 from lopd_megatron.inference.shards import Kind
+from lopd_megatron.lineage import Lineage
 from lopd_megatron.records import PROMPT_SCHEMA, ROLLOUT_SCHEMA
 
 
@@ -29,7 +30,7 @@ class RolloutStage:
     sampling: Sampling
     num_samples: int
     seed: int
-    lineage: dict[str, Any]
+    lineage: Lineage
     kind: Kind = "rollouts"
     source_schema: pa.Schema = PROMPT_SCHEMA
 
@@ -46,6 +47,14 @@ class RolloutStage:
             for sample in range(self.num_samples)
         ]
 
+    @property
+    def requests_per_row(self) -> int:
+        return self.num_samples
+
+    def document_id(self, source: pa.Table, position: int) -> str:
+        row, sample = divmod(position, self.num_samples)
+        return f"{source['prompt_id'][row].as_py()}/{sample}"
+
     def answers(
         self, engine: Engine, requests: Iterable[GenerationRequest]
     ) -> Iterator[Generation | Failure]:
@@ -59,7 +68,7 @@ class RolloutStage:
             prompt, answer = prompts[row], answers[position]
             rows.append(
                 {
-                    "document_id": f"{prompt['prompt_id']}/{sample}",
+                    "document_id": self.document_id(source, position),
                     "prompt_id": prompt["prompt_id"],
                     "sample_index": sample,
                     "prompt_tokens": prompt["prompt_tokens"],

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from lopd_megatron.inference.requests import Engine, Failure, Score, ScoreRequest, ScoringPath
 from lopd_megatron.inference.shards import Kind
+from lopd_megatron.lineage import Lineage
 from lopd_megatron.records import ROLLOUT_SCHEMA, SCORED_SCHEMA
 
 
@@ -19,10 +19,14 @@ class ScoringStage:
     """`worker.Stage` for rollouts → scored."""
 
     topk: int
-    path: ScoringPath
-    lineage: dict[str, Any]
+    lineage: Lineage
+    path: ScoringPath = "stock"
     kind: Kind = "scored"
     source_schema: pa.Schema = ROLLOUT_SCHEMA
+
+    @property
+    def requests_per_row(self) -> int:
+        return 1
 
     def requests(self, index: int, source: pa.Table) -> list[ScoreRequest]:
         prompts = source["prompt_tokens"].to_pylist()
@@ -31,6 +35,9 @@ class ScoringStage:
             ScoreRequest((index, row), prompt + response, len(prompt))
             for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
         ]
+
+    def document_id(self, source: pa.Table, position: int) -> str:
+        return source["document_id"][position].as_py()
 
     def answers(self, engine: Engine, requests: Iterable[ScoreRequest]) -> Iterator[Score | Failure]:
         return engine.score(requests, topk=self.topk, path=self.path)

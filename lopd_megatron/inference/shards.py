@@ -6,7 +6,9 @@ Nothing in either depends on the time, the machine or the worker: made again, a 
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +18,7 @@ import pyarrow.parquet as pq
 
 from lopd_megatron.errors import UserError
 from lopd_megatron.files import atomic_path, sha256_file, write_json
+from lopd_megatron.lineage import Lineage, parse_lineage
 from lopd_megatron.records import SCHEMA_VERSION
 
 Kind = Literal["prompts", "rollouts", "scored"]
@@ -34,6 +37,11 @@ def manifest_path(folder: Path, index: int) -> Path:
     return folder / f"shard-{index:05d}.json"
 
 
+def failures_path(folder: Path, index: int) -> Path:
+    """Document id → error, of the documents that a shard lacks."""
+    return folder / f"failed-{index:05d}.json"
+
+
 def read_manifest(folder: Path, index: int) -> dict[str, Any] | None:
     """The JSON of a shard, or None where the shard does not exist (yet)."""
     try:
@@ -42,18 +50,22 @@ def read_manifest(folder: Path, index: int) -> dict[str, Any] | None:
         return None
 
 
+def manifests(folder: Path, num_shards: int) -> list[dict[str, Any]]:
+    """The JSONs of the shards that exist."""
+    found = (read_manifest(folder, index) for index in range(num_shards))
+    return [manifest for manifest in found if manifest is not None]
+
+
 def complete_manifests(folder: Path, kind: Kind) -> list[dict[str, Any]]:
     """The JSONs of all shards of a finished stage, in order; refused while one is missing."""
-    first = read_manifest(folder, 0)
-    num_shards = first["num_shards"] if first else 1
-    manifests = [read_manifest(folder, index) for index in range(num_shards)]
-    missing = [index for index, manifest in enumerate(manifests) if manifest is None]
-    if missing:
+    first = next(iter(sorted(folder.glob("shard-*.json"))), None)
+    num_shards = json.loads(first.read_text())["num_shards"] if first else 1
+    found = manifests(folder, num_shards)
+    if len(found) < num_shards:
         raise UserError(
-            f"{folder} lacks shard {missing[0]} of {kind} ({len(missing)} missing); "
+            f"{folder} has {len(found)} of {num_shards} shards of {kind}; "
             f"run tools/{PROGRAMS[kind]} until it ends with exit code 0"
         )
-    found = [manifest for manifest in manifests if manifest is not None]
     for manifest in found:
         if manifest["kind"] != kind or manifest["schema_version"] != SCHEMA_VERSION:
             raise UserError(
@@ -81,7 +93,7 @@ def write_shard(
     *,
     kind: Kind,
     num_shards: int,
-    lineage: dict[str, Any],
+    lineage: Lineage,
     failed: int = 0,
 ) -> dict[str, Any]:
     """Commit one shard: the Parquet file, then its JSON, both atomically. Returns the JSON."""
@@ -99,31 +111,54 @@ def write_shard(
         "longest": max(lengths, default=0),
         "failed": failed,
         "sha256": sha256_file(path),
-        "lineage": lineage,
+        "lineage": lineage.model_dump(),
     }
     write_json(manifest_path(folder, index), manifest)
     return manifest
 
 
-def refuse_other_lineage(folder: Path, num_shards: int, lineage: dict[str, Any]) -> None:
-    """Shards that are there already must come from the same settings, or the folder would mix two runs."""
+def lineage_of(folder: Path, manifests: list[dict[str, Any]]) -> Lineage:
+    """The lineage that all shards of a finished stage share."""
+    return parse_lineage(manifests[0]["lineage"], manifest_path(folder, 0))
+
+
+def content_hash(manifests: list[dict[str, Any]]) -> str:
+    """One hash for all shards of a stage: what the next stage names as its parent."""
+    return hashlib.sha256(" ".join(manifest["sha256"] for manifest in manifests).encode()).hexdigest()
+
+
+def refuse_other_lineage(
+    folder: Path, num_shards: int, lineage: Lineage, *, but: Collection[str] = ()
+) -> None:
+    """Shards that are there already must come from the same settings, or the folder would mix two runs.
+
+    Fields in `but` may differ.
+    """
     for index in range(num_shards):
         manifest = read_manifest(folder, index)
         if manifest is None:
             continue
-        old = manifest["lineage"]
         if manifest["num_shards"] != num_shards:
             raise UserError(
                 f"{folder} was made in {manifest['num_shards']} shards, now {num_shards}; "
                 "delete the folder or set another run_dir"
             )
-        if old != lineage:
-            names = sorted(key for key in old.keys() | lineage.keys() if old.get(key) != lineage.get(key))
-            first = names[0]
-            raise UserError(
-                f"{folder} was made with another {first} ({old.get(first)!r}, now {lineage.get(first)!r}); "
-                "delete the folder or set another run_dir"
-            )
+        old = parse_lineage(manifest["lineage"], manifest_path(folder, index))
+        for name in Lineage.model_fields.keys() - set(but):
+            was, now = getattr(old, name), getattr(lineage, name)
+            if not Lineage(**{name: was}).same_content(Lineage(**{name: now})):
+                raise UserError(
+                    f"{folder} was made with another {name} ({_difference(was, now)}); "
+                    "delete the folder or set another run_dir"
+                )
+
+
+def _difference(was: Any, now: Any) -> str:
+    """The first key that differs, or both values."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        key = min(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
+        return f"{key} was {was.get(key)!r}, now {now.get(key)!r}"
+    return f"was {was!r}, now {now!r}"
 
 
 def _document_lengths(table: pa.Table) -> list[int]:
