@@ -81,6 +81,7 @@ run_stage() {
 
 finish() {
   local code=$1 failures="$LOPD_LOGS/.failures.$job"
+  trap - USR1 TERM
   if [ "$code" = 0 ]; then
     say "done"
     exit 0

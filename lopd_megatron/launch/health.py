@@ -75,7 +75,7 @@ class Meeting:
         self.store.set(f"{what}/{self.rank}", json.dumps(value))
 
     def gather(self, what: str) -> dict[str, list[Any]]:
-        """What the ranks of every node told; a node with a rank that is silent until the time-out is absent."""
+        """What the ranks of every node told; a node with a rank silent until the time-out is absent."""
         end = time.monotonic() + self.timeout.total_seconds()
         found: dict[str, list[Any]] = {}
         for index, node in enumerate(self.nodes):

@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the workers until all have ended. Returns 0, or the exit code of the first that failed."""
     for signum in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, pass_on)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, with five lines of warning
     if "SLURM_NODEID" in os.environ:
         os.environ.setdefault("PET_NODE_RANK", os.environ["SLURM_NODEID"])
 

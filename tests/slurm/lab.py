@@ -14,9 +14,9 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 PROGRAMS = ("munged", "mungekey", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 SEARCH = "/usr/sbin:/usr/bin:/sbin:/bin"
@@ -29,8 +29,8 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 CredType=cred/munge
-# Slurm holds a requeued job back for cred_expire + 1 seconds.
-AuthInfo=socket={base}/run/munge.sock,cred_expire=1
+# Slurm holds a requeued job back for cred_expire + 1 seconds; 5 is the least that it takes.
+AuthInfo=socket={base}/run/munge.sock,cred_expire=5
 StateSaveLocation={base}/state
 SlurmdSpoolDir={base}/spool-%n
 SlurmctldPidFile={base}/run/slurmctld.pid
@@ -166,12 +166,20 @@ class SlurmLab:
         return "\n".join(f"{path.name}: {path.read_text()[-800:]}" for path in self.base.glob("log/*"))
 
     def run(
-        self, command: Sequence[str], *, check: bool = True, **more: object
-    ) -> subprocess.CompletedProcess:
-        """Run a client to its end; stdout and stderr together as text."""
+        self,
+        command: Sequence[str],
+        *,
+        check: bool = True,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout_s: float = 120,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a client to its end; stdout and stderr together as text. `env` adds to the environment."""
         result = subprocess.run(
             command,
-            **{"env": self.env, "timeout": 120, **more},
+            env=self.env | dict(env or {}),
+            cwd=cwd,
+            timeout=timeout_s,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -199,7 +207,7 @@ class SlurmLab:
             time.sleep(0.1)
         return record
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         if any(name == "slurmd" for name, _, _ in self.daemons):
             self.run(["scancel", "--full", "-s", "KILL", "-u", str(os.geteuid())], check=False)
             self.run(["scancel", "-u", str(os.geteuid())], check=False)
@@ -221,10 +229,10 @@ class SlurmLab:
     def _end_step_daemons(self) -> None:
         """A slurmstepd outlives its slurmd. Ours are those whose environment names our slurm.conf."""
         mine = f"SLURM_CONF={self.base}/slurm.conf".encode()
-        for process in Path("/proc").glob("[0-9]*"):
+        for folder in Path("/proc").glob("[0-9]*"):
             try:
-                a_step = (process / "comm").read_text().startswith("slurmstepd")
-                if a_step and mine in (process / "environ").read_bytes().split(b"\0"):
-                    os.kill(int(process.name), signal.SIGKILL)
+                a_step = (folder / "comm").read_text().startswith("slurmstepd")
+                if a_step and mine in (folder / "environ").read_bytes().split(b"\0"):
+                    os.kill(int(folder.name), signal.SIGKILL)
             except OSError:
                 continue  # it has ended by itself

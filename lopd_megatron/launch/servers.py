@@ -1,0 +1,158 @@
+"""vLLM servers as child processes: started on a free port, known by process id, ended by it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+import httpx
+import torch
+
+from lopd_megatron.config import EngineConfig
+from lopd_megatron.errors import UserError
+from lopd_megatron.inference.engine import CPU_ENVIRONMENT, QUIET_ENVIRONMENT
+from lopd_megatron.progress import say
+
+START_S = 1800.0
+STOP_S = 30.0
+PARENT_DEATH_SIGNAL = 1  # prctl(2)
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def server_command(model: str, engine: EngineConfig, port: int, max_topk: int) -> list[str]:
+    """vLLM's server for token ids in and out. `vllm serve` does the same but fails with the CPU build."""
+    on_cpu = not torch.cuda.is_available()
+    dtype = engine.dtype if engine.dtype != "auto" else ("float32" if on_cpu else "bfloat16")
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", model, "--served-model-name", "model", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--dtype", dtype, "--tensor-parallel-size", str(engine.tensor_parallel_size)]
+    # One position more than the longest document: vLLM samples a token after a scored prompt.
+    command += ["--max-model-len", str(engine.max_model_len + 1), "--max-num-seqs", str(engine.max_num_seqs)]
+    command += ["--gpu-memory-utilization", str(engine.gpu_memory_utilization)]
+    command += ["--max-logprobs", str(max(max_topk, 1)), "--generation-config", "vllm"]
+    command += ["--skip-tokenizer-init", "--enable-scale-out", "--no-enable-prefix-caching"]
+    command += ["--disable-log-stats", "--disable-uvicorn-access-log"]
+    batched = engine.max_num_batched_tokens
+    if on_cpu:  # a seeded request whose prefill is cut in chunks fails in the CPU build
+        command += ["--no-enable-chunked-prefill"]
+        batched = max(batched, engine.max_model_len + 1)
+    command += ["--max-num-batched-tokens", str(batched)]
+    if engine.kv_cache_memory_bytes is not None:
+        command += ["--kv-cache-memory-bytes", str(engine.kv_cache_memory_bytes)]
+    if engine.enforce_eager or on_cpu:
+        command += ["--enforce-eager"]
+    if dtype == "bfloat16":
+        command += ["--hf-overrides", '{"head_dtype": "float32"}']
+    return command
+
+
+class VllmServer:
+    """One server. `start` returns at once, `wait` when it answers; leaving the context ends it."""
+
+    def __init__(
+        self,
+        name: str,
+        model: str,
+        engine: EngineConfig,
+        log: Path,
+        *,
+        max_topk: int = 0,
+        devices: str = "",
+        port: int | None = None,
+    ) -> None:
+        """`devices`: its CUDA_VISIBLE_DEVICES, "" for what this process sees."""
+        self.name, self.log, self.devices = name, log, devices
+        self.port = port if port is not None else free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.command = server_command(model, engine, self.port, max_topk)
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> VllmServer:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | QUIET_ENVIRONMENT | {"VLLM_SERVER_DEV_MODE": "1"}
+        if not torch.cuda.is_available():
+            # Without a size vLLM takes most of the memory of the host, in GiB.
+            environment |= CPU_ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+            environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)  # the server has no other way
+        if self.devices:
+            environment["CUDA_VISIBLE_DEVICES"] = self.devices
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # its engine processes then share a group, which `stop` ends
+                preexec_fn=_end_with_parent,
+            )
+        say(f"{self.name}: starting vLLM on {self.url} (process {self.process.pid}), log {self.log}")
+        return self
+
+    def wait(self) -> None:
+        """Until the server answers; UserError when it ends instead, with the last line of its log."""
+        assert self.process is not None
+        begin = time.monotonic()
+        while True:
+            if self.process.poll() is not None:
+                raise UserError(
+                    f"{self.name}: the vLLM server ended with code {self.process.returncode} before it was "
+                    f"ready; see {self.log}: {_last_line(self.log)}"
+                )
+            try:
+                if httpx.get(f"{self.url}/health", timeout=5, trust_env=False).status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            if time.monotonic() - begin > START_S:
+                raise UserError(
+                    f"{self.name}: the vLLM server is not ready after {START_S:.0f} s; see {self.log}"
+                )
+            time.sleep(0.5)
+        say(f"{self.name}: ready after {time.monotonic() - begin:.0f} s")
+
+    def stop(self) -> None:
+        """End the server and its engine processes; nothing happens where it has ended."""
+        if self.process is None or self.process.poll() is not None:
+            return
+        self.process.terminate()
+        try:
+            self.process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def kill(self) -> None:
+        """End all of its processes at once, as a crash would."""
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def __enter__(self) -> VllmServer:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def _end_with_parent() -> None:
+    """In the child: SIGTERM when the launcher dies, even of a SIGKILL, so that no server is left behind."""
+    ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "(empty)"

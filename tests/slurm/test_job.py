@@ -1,0 +1,134 @@
+"""What slurm/job.sh makes of exit codes, signals and failures, on a real Slurm with small commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.conftest import Submit
+from tests.slurm.lab import SlurmLab
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text("#!/bin/bash\n" + text)
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_an_array_worker_that_fails_once_is_run_again(lab: SlurmLab, submit: Submit, tmp_path: Path) -> None:
+    worker = script(
+        tmp_path / "worker",
+        f"""cd {tmp_path}; echo "$@"; i=${{2%/*}}
+if [ "$i" = 1 ] && [ ! -e tried ]; then touch tried; exit 7; fi
+touch "shard$i"
+""",
+    )
+    array = submit("rollouts", worker, options=("--array=0-2",))
+    after = submit("build", "ls", str(tmp_path), options=(f"--dependency=afterok:{array}",))
+
+    assert lab.wait(after)["JobState"] == "COMPLETED"  # afterok waited for the retry
+    assert [lab.job(f"{array}_{i}")["Restarts"] for i in range(3)] == ["0", "1", "0"]
+    assert {path.name for path in tmp_path.glob("shard*")} == {"shard0", "shard1", "shard2"}
+    logs = tmp_path / "logs/rollouts"
+    assert {path.name for path in logs.iterdir() if not path.is_symlink()} == {
+        f"{array}_0.0",
+        f"{array}_1.0",
+        f"{array}_1.1",
+        f"{array}_2.0",
+    }
+    assert (logs / "latest_1").readlink() == Path(f"{array}_1.1")
+    assert (logs / "latest_1/node-0.log").read_text() == "--worker 1/3\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts"),
+    [
+        pytest.param(1, 1, id="a failure is retried once"),
+        pytest.param(2, 0, id="wrong input is not"),
+        pytest.param(85, 1, id="early stops are bounded too"),
+    ],
+)
+def test_a_broken_job_is_not_requeued_for_ever(
+    lab: SlurmLab, submit: Submit, tmp_path: Path, code: int, restarts: int
+) -> None:
+    broken = submit("train", "bash", "-c", f"exit {code}", restarts=1, retries=1)
+    after = submit("export", "true", options=(f"--dependency=afterok:{broken}",))
+    later = submit("evaluate", "true", options=(f"--dependency=afterok:{after}",))
+
+    record = lab.wait(broken)
+    assert (record["JobState"], record["ExitCode"], record["Restarts"]) == (
+        "FAILED",
+        f"{code}:0",
+        str(restarts),
+    )
+    # --kill-on-invalid-dep in the sbatch files: a broken chain ends instead of pending for ever
+    assert lab.wait(after)["JobState"] == "CANCELLED"
+    assert lab.wait(later)["JobState"] == "CANCELLED"
+    assert len(list((tmp_path / "logs/train").glob(f"{broken}.*"))) == restarts + 1
+
+
+def test_an_early_stop_goes_on_before_the_next_stage(lab: SlurmLab, submit: Submit, tmp_path: Path) -> None:
+    order = tmp_path / "order"
+    trainer = script(
+        tmp_path / "trainer", f'echo train >> {order}; [ "$(wc -l < {order})" -ge 2 ] || exit 85\n'
+    )
+    train = submit("train", trainer, retries=0)
+    export = submit(
+        "export", "bash", "-c", f"echo export >> {order}", options=(f"--dependency=afterok:{train}",)
+    )
+    assert lab.wait(export)["JobState"] == "COMPLETED"
+    assert order.read_text().split() == ["train", "train", "export"]
+    assert lab.job(train)["Restarts"] == "1"
+    # the batch log is appended to, and says what happened
+    log = (tmp_path / f"train-{train}_4294967294.batch.log").read_text()
+    assert log.count("exit code 85: requeue") == 1
+    assert "attempt 1: done" in log
+
+
+def test_a_signal_reaches_the_workers_and_they_stop_in_their_own_time(
+    lab: SlurmLab, submit: Submit, tmp_path: Path
+) -> None:
+    """Slurm → batch shell → srun → launcher → workers on two nodes, which need a second to save."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        f"""
+import os, pathlib, signal, sys, time
+got = []
+signal.signal(signal.SIGUSR1, lambda *_: got.append(1))
+here = pathlib.Path({str(tmp_path)!r})
+rank = os.environ["RANK"]
+if (here / f"saved{{rank}}").exists():
+    sys.exit(0)
+(here / f"up{{rank}}").touch()
+while not got:
+    time.sleep(0.1)
+time.sleep(1)
+(here / f"saved{{rank}}").touch()
+sys.exit(85)
+"""
+    )
+    command = ["python", "-m", "lopd_megatron.launch.torchrun", "--nnodes", "2", "--nproc-per-node", "2"]
+    job = submit("train", *command, str(worker), options=("--nodes=2",), retries=0)
+    lab.until("workers", lambda: len(list(tmp_path.glob("up*"))) == 4, 60)
+    lab.run(["scancel", "--batch", "-s", "USR1", job])
+    record = lab.wait(job)
+    assert (record["JobState"], record["Restarts"]) == ("COMPLETED", "1")
+    assert len(list(tmp_path.glob("saved*"))) == 4
+
+
+def test_term_on_srun_leaves_no_time_to_save(lab: SlurmLab, tmp_path: Path) -> None:
+    """Why job.sh sends USR1: SIGTERM makes srun kill its tasks on the spot."""
+    worker = script(
+        tmp_path / "worker",
+        f'trap "sleep 2; touch {tmp_path}/saved; exit 0" TERM; touch {tmp_path}/up\n'
+        "while :; do sleep 0.1; done\n",
+    )
+    batch = script(
+        tmp_path / "batch",
+        f"srun {worker} & srun=$!\nuntil [ -e {tmp_path}/up ]; do sleep 0.1; done\n"
+        "kill -TERM $srun; wait $srun\n",
+    )
+    job = lab.run(["sbatch", "--parsable", f"--output={tmp_path}/log", batch], cwd=tmp_path).stdout.strip()
+    assert lab.wait(job)["JobState"] in ("FAILED", "COMPLETED")
+    assert not (tmp_path / "saved").exists()
