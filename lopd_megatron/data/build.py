@@ -1,0 +1,177 @@
+"""Rollouts → dataset: one streaming pass, every document that is left out counted by its reason.
+
+python tools/build_dataset.py --recipe …        scored rollouts (OPD) or plain rollouts (SFT)
+write_dataset(prefix, documents)                documents made by a program
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lopd_megatron.data.filters import Filters, select
+from lopd_megatron.data.manifest import Manifest, building_folder
+from lopd_megatron.data.shards import RolloutBatch, Shard, read_shards
+from lopd_megatron.data.writer import DatasetWriter, existing_manifest
+from lopd_megatron.errors import UserError
+from lopd_megatron.lineage import Lineage
+from lopd_megatron.progress import progress, say
+from lopd_megatron.records import COLUMNS
+
+Proof = Callable[[Path], dict[str, Any]]
+"""Takes the building folder, returns what the manifest keeps of it, raises to refuse the dataset."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document of s tokens, token-aligned; see `records.COLUMNS`."""
+
+    tokens: np.ndarray  # [s]
+    loss_mask: np.ndarray  # [s]
+    teacher_logprobs: np.ndarray | None = None  # [s]
+    rollout_logprobs: np.ndarray | None = None  # [s]
+    teacher_topk_ids: np.ndarray | None = None  # [s, k]
+    teacher_topk_logprobs: np.ndarray | None = None  # [s, k] float
+
+
+def write_dataset(
+    prefix: str | Path, documents: Iterable[Document], lineage: Lineage | None = None
+) -> Manifest:
+    """Write documents that a program makes; all must have the columns of the first. Replaces what was there.
+
+    Memory: 512 documents and 4 bytes for each.
+    """
+    existing_manifest(prefix)
+    stream = iter(documents)
+    first = next(stream, None)
+    if first is None:
+        raise UserError(f"{prefix}: there is no document to write")
+    columns = [name for name in COLUMNS if getattr(first, name) is not None]
+    topk = 0 if first.teacher_topk_ids is None else int(np.asarray(first.teacher_topk_ids).shape[1])
+    with DatasetWriter(prefix, columns, topk, {"source": "documents"}) as writer:
+        for chunk in _chunks(_with_first(first, stream), 512):
+            values = {
+                name: np.concatenate([_column(document, name) for document in chunk]) for name in columns
+            }
+            writer.append(np.array([len(document.tokens) for document in chunk]), values)
+        return writer.commit(lineage or Lineage())
+
+
+def build_dataset(
+    folder: Path,
+    prefix: str | Path,
+    *,
+    filters: Filters,
+    lineage: Lineage | None = None,
+    proof: Proof | None = None,
+) -> Manifest:
+    """Build the dataset of a folder of finished shards, or return the one that is there already.
+
+    Restart it after a kill: it goes on behind the last finished shard and gives the same bytes. A dataset of
+    other shards at the prefix is refused, never overwritten. `lineage` replaces what the shards say.
+    """
+    shards = read_shards(folder)
+    settings = {"shards": [shard.sha256 for shard in shards], "filters": filters.as_dict()}
+    full = (lineage or shards[0].lineage).model_copy(update={"parents": settings["shards"]})
+    done = existing_manifest(prefix)
+    if done is not None:
+        if done.lineage.parents != settings["shards"]:
+            raise UserError(
+                f"{prefix} was built from other shards than those in {folder} now; "
+                f"delete {prefix}.* or set another run_dir"
+            )
+        say(f"{prefix}: already built, {done.documents} documents")
+        return done
+    columns, topk = _columns(shards[0])
+    with (
+        DatasetWriter(prefix, columns, topk, settings) as writer,
+        progress(sum(shard.tokens for shard in shards), "build", "tok") as bar,
+    ):
+        state = writer.state or {"shards": 0, "dropped": dict.fromkeys(filters.reasons, 0), "kept": {}}
+        if writer.state:
+            say(f"{prefix}: going on behind shard {state['shards']} of {len(shards)}")
+        dropped, kept = Counter(state["dropped"]), Counter(state["kept"])
+        for index, shard in enumerate(shards):
+            if index >= state["shards"]:
+                _append_shard(writer, shard, filters, dropped, kept, topk)
+                writer.save_point({"shards": index + 1, "dropped": dict(dropped), "kept": dict(kept)})
+            bar.update(shard.tokens)
+        alignment = None
+        if proof is not None and writer.documents:
+            writer.write_indices()
+            alignment = proof(building_folder(prefix))
+        return writer.commit(full, dropped=dict(dropped), kept=dict(kept), alignment=alignment)
+
+
+def _columns(shard: Shard) -> tuple[list[str], int]:
+    """Which columns the dataset gets, and k: read off the first rows that have a response."""
+    columns = ["tokens", "loss_mask"]
+    if shard.kind == "scored":
+        columns.append("teacher_logprobs")
+    columns.append("rollout_logprobs")
+    topk = next((batch.topk for batch in shard.batches() if batch.topk), 0)
+    return columns + (["teacher_topk_ids", "teacher_topk_logprobs"] if topk else []), topk
+
+
+def _append_shard(
+    writer: DatasetWriter,
+    shard: Shard,
+    filters: Filters,
+    dropped: Counter[str],
+    kept: Counter[str],
+    topk: int,
+) -> None:
+    for row, batch in enumerate(shard.batches()):
+        if batch.topk != topk and batch.response_lengths.any():
+            raise UserError(f"{shard.path} has k = {batch.topk} teacher tokens, the first shard has {topk}")
+        chosen = select(batch, filters, dropped, kept)
+        try:
+            writer.append(chosen.prompt_lengths + chosen.response_lengths, flat_columns(chosen))
+        except ValueError as error:
+            raise UserError(f"{shard.path}, batch {row}: {error}; make the shard again") from None
+
+
+def flat_columns(batch: RolloutBatch) -> dict[str, np.ndarray]:
+    """Token-aligned columns of a batch: prompt then response of each document, end to end."""
+    both = np.stack([batch.prompt_lengths, batch.response_lengths], axis=1).ravel()
+    is_response = np.repeat(np.tile([False, True], len(batch.prompt_lengths)), both)
+    tokens = np.empty(len(is_response), np.int32)
+    tokens[~is_response] = batch.prompt_tokens
+    tokens[is_response] = batch.response_tokens
+    columns: dict[str, np.ndarray] = {"tokens": tokens, "loss_mask": is_response.astype(np.uint8)}
+    for name, values in batch.logprobs.items():
+        columns[name] = np.zeros(len(is_response), np.float32)
+        columns[name][is_response] = values
+    if batch.topk:
+        ids = np.full((len(is_response), batch.topk), -1, np.int32)
+        ids[is_response] = batch.topk_ids.reshape(-1, batch.topk)
+        logprobs = np.zeros((len(is_response), batch.topk), np.float16)
+        logprobs[is_response] = batch.topk_logprobs.reshape(-1, batch.topk)
+        columns["teacher_topk_ids"] = ids
+        columns["teacher_topk_logprobs"] = logprobs.view(np.uint16)
+    return columns
+
+
+def _column(document: Document, name: str) -> np.ndarray:
+    values = getattr(document, name)
+    if values is None:
+        raise ValueError(f"a document lacks {name}, which the first one has")
+    if name == "teacher_topk_logprobs":
+        return np.asarray(values, np.float16).view(np.uint16).reshape(-1)
+    return np.asarray(values).reshape(-1)
+
+
+def _with_first(first: Document, rest: Iterator[Document]) -> Iterator[Document]:
+    yield first
+    yield from rest
+
+
+def _chunks(stream: Iterator[Document], size: int) -> Iterator[list[Document]]:
+    while chunk := list(islice(stream, size)):
+        yield chunk

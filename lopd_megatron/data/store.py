@@ -1,0 +1,141 @@
+"""Opens datasets for reading: mapped columns, nothing copied, quick checks at open, full ones in `verify`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lopd_megatron.data.indexed import IndexedColumn, open_column
+from lopd_megatron.data.manifest import Manifest, manifest_path, read_manifest
+from lopd_megatron.data.writer import are_logprobs
+from lopd_megatron.errors import UserError
+from lopd_megatron.files import sha256_file
+from lopd_megatron.records import COLUMNS
+
+_VERIFY_BLOCK = 1 << 22
+
+
+class Prefix:
+    """One dataset on disk. `values[name]` is a whole column, `offsets` [n + 1] are in tokens."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self.manifest: Manifest = read_manifest(prefix)
+        self.topk = self.manifest.topk
+        self.values: dict[str, np.ndarray] = {}
+        for name, entry in self.manifest.files.items():
+            path = Path(f"{prefix}.{name}")
+            size = path.stat().st_size if path.is_file() else None
+            if size != entry.bytes:
+                found = "does not exist" if size is None else f"has {size} bytes"
+                raise UserError(f"{path} {found}, {manifest_path(prefix)} says {entry.bytes}; build it again")
+        columns = {
+            name: open_column(f"{prefix}.{name}", COLUMNS[name].dtype) for name in self.manifest.columns
+        }
+        self.lengths = np.asarray(columns["tokens"].lengths)
+        for name, column in columns.items():
+            self._check_lengths(name, column)
+            self.values[name] = column.values
+        self.offsets = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+
+    def width(self, name: str) -> int:
+        """Values per token of a column."""
+        return self.topk if COLUMNS[name].per_topk else 1
+
+    def verify(self) -> None:
+        """Hash every byte and check every value; a UserError names the file. Reads the whole dataset once."""
+        for name, entry in self.manifest.files.items():
+            path = Path(f"{self.prefix}.{name}")
+            if sha256_file(path) != entry.sha256:
+                raise UserError(
+                    f"{path} was changed after it was written (not the hash in "
+                    f"{manifest_path(self.prefix)}); build the dataset again"
+                )
+        for name, column in self.values.items():
+            for start in range(0, len(column), _VERIFY_BLOCK):
+                if not _are_valid(name, column[start : start + _VERIFY_BLOCK]):
+                    raise UserError(f"{self.prefix}.{name}.bin holds an impossible value; build it again")
+
+    def _check_lengths(self, name: str, column: IndexedColumn) -> None:
+        path, manifest = f"{self.prefix}.{name}.idx", self.manifest
+        if len(column.lengths) != manifest.documents:
+            raise UserError(
+                f"{path} has {len(column.lengths)} documents, {manifest_path(self.prefix)} says "
+                f"{manifest.documents}; build the dataset again"
+            )
+        if not np.array_equal(column.lengths, self.lengths * self.width(name)):
+            raise UserError(
+                f"{path} has other document lengths than {self.prefix}.tokens.idx; build it again"
+            )
+
+
+class Dataset:
+    """Documents of one or several prefixes, one after another. Values are token-aligned."""
+
+    def __init__(self, prefixes: list[Prefix]) -> None:
+        self.prefixes = prefixes
+        self.lengths = np.concatenate([part.lengths for part in prefixes])  # int32 [n], tokens
+        self.columns = frozenset.intersection(*(frozenset(part.values) for part in prefixes))
+        self.topk = prefixes[0].topk
+        self._first = np.cumsum([0, *(len(part.lengths) for part in prefixes)])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def locate(self, index: int) -> tuple[Prefix, int]:
+        """The prefix that holds document `index`, and the document's place in it."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"document {index} of {len(self)}")
+        part = int(np.searchsorted(self._first, index, side="right")) - 1
+        return self.prefixes[part], index - int(self._first[part])
+
+    def document(self, index: int) -> dict[str, np.ndarray]:
+        """Column → values of one document of s tokens: [s], or [s, k]; top-k log-probs as float16. Views."""
+        part, place = self.locate(index)
+        start, stop = part.offsets[place], part.offsets[place + 1]
+        found = {}
+        for name in sorted(self.columns):
+            width = part.width(name)
+            values = part.values[name][start * width : stop * width]
+            if name == "teacher_topk_logprobs":
+                values = values.view(np.float16)
+            found[name] = values.reshape(-1, width) if COLUMNS[name].per_topk else values
+        return found
+
+    @property
+    def manifests(self) -> list[Manifest]:
+        return [part.manifest for part in self.prefixes]
+
+    def verify(self) -> None:
+        """Full check of all prefixes; see `Prefix.verify`."""
+        for part in self.prefixes:
+            part.verify()
+
+
+def open_dataset(prefixes: Sequence[str | Path]) -> Dataset:
+    """Open finished datasets. Costs milliseconds and no memory: pages are shared with all other readers.
+
+    UserError where a file is missing, short, or not what the manifest says; only `verify` hashes bytes.
+    """
+    if not prefixes:
+        raise UserError("no dataset is given; set data.prefixes or build one with tools/build_dataset.py")
+    parts = [Prefix(str(prefix)) for prefix in prefixes]
+    for part in parts[1:]:
+        if part.topk != parts[0].topk:
+            raise UserError(
+                f"{part.prefix} has k = {part.topk} teacher tokens, {parts[0].prefix} has {parts[0].topk}; "
+                "train on datasets of one k"
+            )
+    return Dataset(parts)
+
+
+def _are_valid(name: str, values: np.ndarray) -> bool:
+    if name == "teacher_topk_logprobs":
+        return bool(are_logprobs(values.view(np.float16)).all())
+    if COLUMNS[name].dtype == np.float32:
+        return bool(are_logprobs(values).all())
+    if name == "loss_mask":
+        return int(values.max(initial=0)) <= 1
+    return int(values.min(initial=0)) >= (-1 if COLUMNS[name].per_topk else 0)

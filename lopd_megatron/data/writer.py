@@ -1,0 +1,292 @@
+"""Writes a dataset so that a kill at any moment loses at most the last unfinished part, never a finished one.
+
+Everything grows inside `<prefix>.building/`. `save_point` makes what was appended so far durable and notes
+how long each file is; a restart truncates the files to the last note and goes on, so the result has the bytes
+of an undisturbed build. `commit` writes indices, hashes and the manifest there too, and only then renames the
+files into place, the manifest last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from lopd_megatron.data.indexed import checked_cast, write_index
+from lopd_megatron.data.manifest import FileEntry, Manifest, building_folder, manifest_path, read_manifest
+from lopd_megatron.errors import UserError
+from lopd_megatron.files import fsync_path, sha256_file, write_json
+from lopd_megatron.lineage import Lineage
+from lopd_megatron.progress import say
+from lopd_megatron.records import COLUMNS, SCHEMA_VERSION
+
+_LENGTHS = "lengths.raw"
+_STATE = "state.json"
+_MANIFEST = "manifest.json"
+_SUFFIXES = ("bin", "idx")
+
+
+class DatasetWriter:
+    """Append documents, then `commit`. Use as a context manager; leaving it without `commit` keeps the files
+    for a resume.
+
+    `settings` say what is being built: a building folder with other settings is thrown away, not continued.
+    `state` is the caller's own note of the last save point, {} at the start.
+    """
+
+    def __init__(self, prefix: str | Path, columns: list[str], topk: int, settings: dict[str, Any]) -> None:
+        self.prefix = str(prefix)
+        self.columns = columns
+        self.topk = topk
+        self.folder = building_folder(prefix)
+        self.state: dict[str, Any] = {}
+        self.documents = self.tokens = self.trained_tokens = 0
+        self._settings = json.loads(
+            json.dumps(
+                {"schema_version": SCHEMA_VERSION, "columns": columns, "topk": topk, "settings": settings}
+            )
+        )
+        self._files: dict[str, BinaryIO] = {}
+
+    def __enter__(self) -> DatasetWriter:
+        with explained(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / "lock").open("w")
+            self._take_lock()
+            saved = self._read_saved()
+            if not saved:
+                self._empty_folder()
+            sizes = saved.get("sizes", {})
+            for name in (*self.columns, _LENGTHS):
+                self._files[name] = self._open_at(name, sizes.get(name, 0))
+        self.state = saved.get("state", {})
+        counts = saved.get("counts", [0, 0, 0])
+        self.documents, self.tokens, self.trained_tokens = counts
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self._files.values():
+            with contextlib.suppress(OSError):  # a full disk was reported where it was met
+                file.close()
+        self._lock.close()
+
+    def append(self, lengths: np.ndarray, values: dict[str, np.ndarray]) -> None:
+        """Add documents: `lengths` [n] tokens each, and per column all their values end to end.
+
+        ValueError where a value does not fit its column, counts differ, a log-prob is not a finite log-prob,
+        a first token is trained (nothing stands before it) or no token is.
+        """
+        lengths = checked_cast(np.asarray(lengths), np.int32, "document length")
+        checked = {name: self._checked(name, values[name], int(lengths.sum())) for name in self.columns}
+        if not len(lengths):
+            return
+        starts = np.cumsum(lengths, dtype=np.int64) - lengths
+        mask = checked["loss_mask"]
+        if lengths.min() < 2:
+            raise ValueError("a document needs at least two tokens, one prompt token and one response token")
+        if mask[starts].any():
+            raise ValueError("the first token of a document cannot be trained: nothing stands before it")
+        if not np.add.reduceat(mask, starts, dtype=np.int64).all():
+            raise ValueError("a document has no trained token")
+        with explained(self.folder):
+            for name in self.columns:
+                self._files[name].write(checked[name].data)
+            self._files[_LENGTHS].write(lengths.data)
+        self.documents += len(lengths)
+        self.tokens += int(lengths.sum())
+        self.trained_tokens += int(mask.sum())
+
+    def save_point(self, state: dict[str, Any]) -> None:
+        """Make everything so far survive a kill; `state` comes back after a restart."""
+        with explained(self.folder):
+            sizes = {}
+            for name, file in self._files.items():
+                file.flush()
+                os.fsync(file.fileno())
+                sizes[name] = file.tell()
+            write_json(
+                self.folder / _STATE,
+                {
+                    "settings": self._settings,
+                    "state": state,
+                    "sizes": sizes,
+                    "counts": [self.documents, self.tokens, self.trained_tokens],
+                },
+            )
+        self.state = state
+
+    def commit(
+        self,
+        lineage: Lineage,
+        *,
+        dropped: dict[str, int] | None = None,
+        kept: dict[str, int] | None = None,
+        alignment: dict[str, Any] | None = None,
+    ) -> Manifest:
+        """Turn the building folder into the dataset. The prefix is not touched before all is on disk."""
+        if not self.documents:
+            raise UserError(f"{self.prefix}: no document is left (dropped: {dropped or {}}); look at data.*")
+        with explained(self.folder):
+            lengths = self.write_indices()
+            files = {}
+            for name in self._final_names():
+                path = self.folder / name
+                files[name] = FileEntry(bytes=path.stat().st_size, sha256=sha256_file(path))
+            manifest = Manifest(
+                columns=self.columns,
+                topk=self.topk,
+                documents=self.documents,
+                tokens=self.tokens,
+                trained_tokens=self.trained_tokens,
+                lengths=length_histogram(lengths),
+                dropped=dropped or {},
+                kept=kept or {},
+                alignment=alignment,
+                files=files,
+                lineage=lineage,
+            ).sealed()
+            write_json(self.folder / _MANIFEST, manifest.model_dump(mode="json"))
+            _move_into_place(self.prefix)
+        return manifest
+
+    def write_indices(self) -> np.ndarray:
+        """Flush all files and write every `.idx` into the building folder; returns the lengths [n]."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        lengths = np.fromfile(self.folder / _LENGTHS, np.int32)
+        for name in self.columns:
+            column = COLUMNS[name]
+            path = self.folder / f"{name}.idx"
+            with path.open("wb") as file:
+                write_index(file, lengths, column.dtype, self.topk if column.per_topk else 1)
+            fsync_path(path)
+        return lengths
+
+    def _checked(self, name: str, values: np.ndarray, tokens: int) -> np.ndarray:
+        column = COLUMNS[name]
+        array = np.ascontiguousarray(checked_cast(np.asarray(values), column.dtype, name)).reshape(-1)
+        need = tokens * (self.topk if column.per_topk else 1)
+        if array.size != need:
+            raise ValueError(f"{name} has {array.size} values, its documents have {need}")
+        if name == "tokens" and array.size and array.min() < 0:
+            raise ValueError(f"token id {array.min()} is negative")
+        if name == "loss_mask" and array.size and array.max() > 1:
+            raise ValueError(f"loss_mask holds {array.max()}; 0 and 1 are allowed")
+        if column.dtype == np.float32 and not are_logprobs(array).all():
+            bad = array[np.flatnonzero(~are_logprobs(array))[0]]
+            raise ValueError(f"{name} holds {bad}, which is no log-prob (finite, at most 0)")
+        return array
+
+    def _final_names(self) -> list[str]:
+        return [f"{name}.{suffix}" for name in self.columns for suffix in _SUFFIXES]
+
+    def _open_at(self, name: str, size: int) -> BinaryIO:
+        path = self.folder / (name if name == _LENGTHS else f"{name}.bin")
+        file = path.open("r+b" if path.exists() else "w+b")
+        file.truncate(size)
+        file.seek(size)
+        return file
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.folder} is in use by another build; wait for it or stop it") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
+                raise
+            say(f"{self.folder}: this file system has no locks; do not start a second build of it")
+
+    def _read_saved(self) -> dict[str, Any]:
+        """The last save point, {} where there is none that fits these settings and these files."""
+        path = self.folder / _STATE
+        if not path.is_file():
+            return {}
+        saved = json.loads(path.read_text())
+        if saved["settings"] != self._settings:
+            say(f"{self.folder} was made with other settings: starting afresh")
+            return {}
+        for name, size in saved["sizes"].items():
+            file = self.folder / (name if name == _LENGTHS else f"{name}.bin")
+            if not file.is_file() or file.stat().st_size < size:
+                say(f"{file} is shorter than its save point: starting afresh")
+                return {}
+        return saved
+
+    def _empty_folder(self) -> None:
+        for path in self.folder.iterdir():
+            if path.name != "lock":
+                path.unlink()
+
+
+def finish_interrupted_commit(prefix: str | Path) -> None:
+    """Complete a commit that was killed while its files were moved into place."""
+    if (building_folder(prefix) / _MANIFEST).is_file():
+        with explained(building_folder(prefix)):
+            _move_into_place(str(prefix))
+
+
+def _move_into_place(prefix: str) -> None:
+    """Rename every file, the manifest last; idempotent, so a killed run of it is simply run again."""
+    folder, final = building_folder(prefix), manifest_path(prefix)
+    manifest = Manifest.model_validate_json((folder / _MANIFEST).read_text())
+    # From here to the last rename the prefix has no manifest: a reader sees no dataset, never a mixed one.
+    final.unlink(missing_ok=True)
+    for name in manifest.files:
+        if (folder / name).exists():
+            os.replace(folder / name, f"{prefix}.{name}")
+    fsync_path(final.parent)
+    os.replace(folder / _MANIFEST, final)
+    fsync_path(final.parent)
+    shutil.rmtree(folder)
+
+
+def existing_manifest(prefix: str | Path) -> Manifest | None:
+    """The manifest of the finished dataset at `prefix`, after completing an interrupted commit; else None."""
+    finish_interrupted_commit(prefix)
+    return read_manifest(prefix) if manifest_path(prefix).exists() else None
+
+
+def are_logprobs(values: np.ndarray) -> np.ndarray:
+    """Finite and at most 0; engines round, so a hair above 0 passes."""
+    return np.isfinite(values) & (values <= 1e-3)
+
+
+def length_histogram(lengths: np.ndarray) -> dict[str, list[int]]:
+    """64 equal bins from 0 to the longest document."""
+    step = max(1, -(-(int(lengths.max(initial=0)) + 1) // 64))
+    edges = np.arange(0, 65) * step
+    counts = np.bincount(lengths // step, minlength=64)
+    return {"edges": edges.tolist(), "counts": counts.tolist()}
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn what the file system refuses into one line for the user."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or path
+        fixes = {
+            errno.ENOSPC: "free space on the disk and start the same command again; what is done is kept",
+            errno.EDQUOT: "free some of your quota and start the same command again; what is done is kept",
+            errno.EROFS: "the file system is read-only: set another run_dir",
+            errno.EACCES: "you may not write there: set another run_dir",
+            errno.EPERM: "you may not write there: set another run_dir",
+            errno.ENOTDIR: "a file stands where a folder is needed: set another run_dir",
+        }
+        if error.errno not in fixes:
+            raise
+        raise UserError(f"{where}: {error.strerror}; {fixes[error.errno]}") from error
