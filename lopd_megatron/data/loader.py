@@ -52,6 +52,8 @@ class StepBatch:
     """Trained tokens of the whole step."""
     num_total_tokens: int
     """Prompt and response tokens of the whole step, without padding: what throughput counts."""
+    sequence_lengths: np.ndarray
+    """int32 [num_sequences]: tokens of every document of the whole step, for its FLOPs."""
 
 
 class StepLoader:
@@ -142,6 +144,7 @@ class StepLoader:
             num_sequences=len(documents),
             num_tokens=sum(trained[int(index)] for index in documents),
             num_total_tokens=int(self.dataset.lengths[documents].sum(dtype=np.int64)),
+            sequence_lengths=self.dataset.lengths[documents],
         )
 
     def _count_trained(self, index: int) -> int:

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lopd_megatron.config import RunConfig
+from lopd_megatron.data.loader import StepLoader
+from lopd_megatron.data.store import Dataset, open_dataset
 from lopd_megatron.loss import Loss, build_loss
+from lopd_megatron.model.flops import forward_flops
 from lopd_megatron.parallel import topology as grid
 from lopd_megatron.parallel.vocab import VocabRange
 from lopd_megatron.train.checkpoint import Checkpoints
@@ -48,19 +51,58 @@ def build_trainer(
         model=model,
         optimizer=optimizer,
         scheduler=scheduler,
-        batches=batches or build_loader(config, topology),
+        batches=batches or build_loader(config, spec, topology),
         loss=build_head_loss(config, spec, topology),
         checkpoints=Checkpoints(config, topology),
         hooks=list(hooks),
     )
 
 
-def build_loader(config: RunConfig, topology: Topology) -> BatchSource:
-    """The dataset of this run, read step by step."""
-    from lopd_megatron.data.dataset import open_dataset
-    from lopd_megatron.data.loader import StepLoader
+def build_loader(
+    config: RunConfig, spec: StudentSpec, topology: Topology, dataset: Dataset | None = None
+) -> StepLoader:
+    """The dataset of this run (or another one), read step by step as this rank needs it."""
+    dataset = dataset or open_dataset(config.dataset_prefixes)
+    parallel = config.parallel
+    return StepLoader(
+        dataset,
+        seed=config.train.seed,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        seq_length=config.data.seq_length,
+        data_parallel_rank=topology.dp_rank,
+        data_parallel_size=topology.dp_size,
+        context_parallel_rank=topology.cp_rank,
+        context_parallel_size=topology.cp_size,
+        # The interleaved schedule walks over groups of PP micro-batches.
+        num_microbatches_multiple_of=topology.pp_size if topology.virtual_size > 1 else 1,
+        pad_to_multiple_of=topology.tp_size if parallel.sequence_parallel else 1,
+        columns=needed_columns(config, topology, dataset.columns),
+        flop_crossover=crossover_length(spec),
+        prefetch=topology.device.type == "cuda",
+    )
 
-    return StepLoader(open_dataset(config.dataset_prefixes), config, topology)
+
+def needed_columns(config: RunConfig, topology: Topology, present: frozenset[str]) -> frozenset[str]:
+    """What this pipeline stage reads: tokens on the first, what the objective compares on the last."""
+    needed = {"tokens"} if topology.is_first_stage else set()
+    if topology.is_last_stage:
+        needed |= {"labels", "loss_mask", "position_ids", "sequence_index"}
+        if config.loss.objective != "sft":
+            needed.add("teacher_logprobs")
+        if config.loss.objective.startswith("topk_"):
+            needed |= {"teacher_topk_ids", "teacher_topk_logprobs"}
+        # Otherwise only reported: how far the student has moved from the one that wrote the rollouts.
+        if config.loss.objective == "opd_importance" or "rollout_logprobs" in present:
+            needed.add("rollout_logprobs")
+    return frozenset(needed)
+
+
+def crossover_length(spec: StudentSpec) -> float:
+    """Document length at which attention costs as much as everything else, from two exact FLOP counts."""
+    one, two = (forward_flops(spec, [length]) for length in (1, 2))
+    per_pair = two - 2 * one  # f(s) = linear · s + pair · s (s + 1) / 2
+    return 2 * (one - per_pair) / per_pair + 1
 
 
 def build_head_loss(config: RunConfig, spec: StudentSpec, topology: Topology) -> Loss:

@@ -63,7 +63,7 @@ class StepResult:
     """One optimizer step, the same on every rank."""
 
     report: dict[str, torch.Tensor]  # name → float64 [2]: numerator, denominator over the whole batch
-    num_tokens: int  # tokens of the whole batch, padding not counted
+    num_tokens: int  # prompt and response tokens of the whole batch, without padding
     grad_norm: float  # before clipping
     learning_rate: float  # that this step used
     flops: float  # of the whole batch, forward and backward, without recomputation

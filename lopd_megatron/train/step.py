@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import time
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from lopd_megatron.errors import UserError
 from lopd_megatron.loss import NonFiniteLoss
+from lopd_megatron.model.flops import train_flops
 from lopd_megatron.records import LossOutput, MicroBatch
 from lopd_megatron.train.state import StepResult, Trainer
 
@@ -44,10 +46,10 @@ def train_step(trainer: Trainer, batch: StepBatch) -> StepResult:
     trainer.scheduler.step(increment=trainer.config.train.global_batch_size)
     return StepResult(
         report=report,
-        num_tokens=batch.num_tokens,
+        num_tokens=batch.num_total_tokens,
         grad_norm=grad_norm,
         learning_rate=learning_rate,
-        flops=0.0,
+        flops=train_flops(trainer.spec, batch.sequence_lengths.tolist(), head_tokens=batch.num_tokens),
         seconds=time.perf_counter() - start,
     )
 
@@ -60,7 +62,7 @@ def run_microbatches(trainer: Trainer, batch: StepBatch, *, forward_only: bool) 
     get_forward_backward_func()(
         forward_step_func=functools.partial(_forward_step, trainer, outputs),
         # Each virtual stage walks over the same micro-batches on its own.
-        data_iterator=[iter(batch.microbatches) for _ in trainer.model],
+        data_iterator=[on_device(batch.microbatches, trainer.topology.device) for _ in trainer.model],
         model=trainer.model,
         num_microbatches=len(batch.microbatches),
         seq_length=batch.seq_length,
@@ -68,6 +70,17 @@ def run_microbatches(trainer: Trainer, batch: StepBatch, *, forward_only: bool) 
         forward_only=forward_only,
     )
     return outputs
+
+
+def on_device(microbatches: list[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
+    """Each micro-batch with its tensors on the device, copied when it is its turn."""
+    for microbatch in microbatches:
+        moved = {
+            field.name: value.to(device, non_blocking=True)
+            for field in dataclasses.fields(microbatch)
+            if isinstance(value := getattr(microbatch, field.name), torch.Tensor)
+        }
+        yield dataclasses.replace(microbatch, **moved)
 
 
 def _forward_step(
