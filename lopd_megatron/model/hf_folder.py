@@ -51,6 +51,13 @@ class HfFolder:
             return shape
         return shape[1:] if half is None else (shape[1] // 2, *shape[2:])
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The stored dtype of a tensor, from the file's header."""
+        stored, _, _ = self._fused.get(name, (name, 0, None))
+        with safe_open(self._files[stored], framework="pt") as handle:
+            part = handle.get_slice(stored)
+            return part[(slice(0, 0),) * len(part.get_shape())].dtype
+
     def _safetensors_files(self) -> list[Path]:
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
