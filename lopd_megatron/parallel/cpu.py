@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
 
@@ -21,6 +22,9 @@ def install() -> None:
     """Patch torch and Megatron-Core for CPU; does nothing where CUDA is available."""
     if torch.cuda.is_available():
         return
+    # `with torch.device(...)` recognises factories by identity in a list made at its first use: make it now,
+    # of the stock ones, or transformers would build models outside its meta device and keep random weights.
+    _device_constructors()
     for name in ("zeros", "ones", "empty", "full", "tensor", "empty_like", "zeros_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     _patch_tensor()
