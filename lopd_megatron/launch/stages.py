@@ -91,7 +91,7 @@ def stages(config: RunConfig, recipe: str, overrides: Sequence[str] = ()) -> lis
             config.name,
             name,
             kind,
-            (*program, *arguments),
+            (*program, *([] if name == "export" else arguments)),
             resources,
             tuple(Path(path) for path in reads if str(path)),
             (writes,),
@@ -115,8 +115,7 @@ def stages(config: RunConfig, recipe: str, overrides: Sequence[str] = ()) -> lis
     found.append(
         stage("train", _torchrun(config), [model.student, *data], paths.checkpoints, "torchrun"),
     )
-    export = (*_tool("convert_checkpoint"), "export")
-    found.append(stage("export", export, [paths.checkpoints, model.student], paths.hf))
+    found.append(stage("export", _export(config), [paths.checkpoints, model.student], paths.hf))
     if config.evaluation.input:
         inputs: list[str | Path] = [paths.hf, *config.evaluation.input]
         found.append(stage("evaluate", _tool("evaluate"), inputs, paths.evaluation))
@@ -158,6 +157,13 @@ def ordered(found: Sequence[Stage]) -> list[Stage]:
 
 def _tool(name: str) -> tuple[str, ...]:
     return ("python", f"tools/{name}.py")
+
+
+def _export(config: RunConfig) -> tuple[str, ...]:
+    """The export works on folders and knows no recipe. It writes again on a second run, in seconds."""
+    folders = {"checkpoint": config.paths.checkpoints, "hf": config.model.student, "output": config.paths.hf}
+    options = [word for name, path in folders.items() for word in (f"--{name}", str(path))]
+    return (*_tool("convert_checkpoint"), "export", *options, "--overwrite")
 
 
 def _torchrun(config: RunConfig) -> tuple[str, ...]:
