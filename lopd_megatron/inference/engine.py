@@ -10,20 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from lopd_megatron.config import EngineConfig
-from lopd_megatron.errors import UserError
 from lopd_megatron.inference.requests import (
     EngineLost,
     Failure,
@@ -34,6 +31,7 @@ from lopd_megatron.inference.requests import (
     ScoreRequest,
     ScoringPath,
 )
+from lopd_megatron.inference.sizes import check_fits, cpu_kv_cache_bytes, read_shape, scoring_batch_tokens
 
 CPU_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -47,10 +45,6 @@ QUIET_ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
 }
-CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""Of vLLM's CPU attention; any other fails deep in the first forward pass."""
-CPU_KV_CACHE_LIMIT = 1 << 30
-CPU_KV_BLOCK = 128  # tokens
 
 
 class BadAnswer(Exception):
@@ -70,11 +64,14 @@ class VllmEngine:
     ) -> None:
         self.model = model
         self.config = config
-        self.hf_config = read_hf_config(model)
+        self.shape = read_shape(model)
         self.on_step: Callable[[], None] = lambda: None
         on_cpu = not torch.cuda.is_available()
         _set_environment(on_cpu)
-        _check_context(self.hf_config, config, model)
+        check_fits(self.shape, config, model, on_cpu=on_cpu)
+        if config.max_model_len == self.shape.max_position_embeddings:
+            # One position more than the model has: never run, see max_model_len below.
+            os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
         with warnings.catch_warnings():  # of torch, about vLLM's scan of all modules
             warnings.simplefilter("ignore", FutureWarning)
             from vllm import EngineArgs, LLMEngine
@@ -103,18 +100,13 @@ class VllmEngine:
             # A bf16 logit of 16 to 32 is rounded to 0.125; scores need the fp32 head.
             arguments["hf_overrides"] = {"head_dtype": "float32"}
         if task == "score":
-            arguments["max_num_batched_tokens"] = min(
-                config.max_num_batched_tokens,
-                scoring_batch_tokens(self.hf_config["vocab_size"], _free_bytes(config, on_cpu)),
-            )
+            fitting = scoring_batch_tokens(self.shape.vocab_size, _free_bytes(config, on_cpu))
+            arguments["max_num_batched_tokens"] = min(config.max_num_batched_tokens, fitting)
         if on_cpu:
-            head_dim = _head_dim(self.hf_config)
-            if head_dim not in CPU_HEAD_SIZES:
-                raise UserError(
-                    f"{model} has head_dim={head_dim}; vLLM's CPU attention knows {CPU_HEAD_SIZES}"
-                )
             if config.kv_cache_memory_bytes is None:
-                arguments["kv_cache_memory_bytes"] = _cpu_kv_cache_bytes(self.hf_config, config, dtype)
+                arguments["kv_cache_memory_bytes"] = cpu_kv_cache_bytes(
+                    self.shape, config, 4 if dtype == "float32" else 2
+                )
             if task == "generate":
                 arguments["enable_chunked_prefill"] = False
                 arguments["max_num_batched_tokens"] = max(
@@ -230,7 +222,7 @@ class VllmEngine:
 
     def reload(self, model: str) -> bool:
         """Load the weights of another folder of the same architecture in place; False where it differs."""
-        if _architecture(read_hf_config(model)) != _architecture(self.hf_config):
+        if read_shape(model) != self.shape:
             return False
         self._engine.collective_rpc("reload_weights", kwargs={"weights_path": model})
         self._engine.reset_prefix_cache()
@@ -311,41 +303,6 @@ class VllmEngine:
             raise
 
 
-def read_hf_config(model: str) -> dict[str, Any]:
-    path = Path(model) / "config.json"
-    if not path.is_file():
-        raise UserError(f"model folder {model!r} has no config.json; give a Hugging Face model folder")
-    return json.loads(path.read_text())
-
-
-def _architecture(hf_config: dict[str, Any]) -> dict[str, Any]:
-    cosmetic = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
-    return {key: value for key, value in hf_config.items() if key not in cosmetic}
-
-
-def _check_context(hf_config: dict[str, Any], config: EngineConfig, model: str) -> None:
-    limit = hf_config.get("max_position_embeddings")
-    if limit is None:
-        return
-    if config.max_model_len > limit:
-        raise UserError(
-            f"engine.max_model_len={config.max_model_len} is more than the {limit} positions of {model}; "
-            f"lower it to at most {limit}"
-        )
-    if config.max_model_len == limit:
-        # The one position more is never run: it belongs to the token sampled after the last scored one.
-        os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
-
-
-def scoring_batch_tokens(vocab_size: int, free_bytes: float) -> int:
-    """Tokens per step whose scores fit in `free_bytes`, at least 256.
-
-    vLLM's V1 runner holds logits, their log-softmax and a comparison for the ranks of all prompt tokens of a
-    step at once, 12 bytes per token and word, and its start-up profile does not count them.
-    """
-    return max(int(free_bytes / (12 * vocab_size)), 256)
-
-
 def _free_bytes(config: EngineConfig, on_cpu: bool) -> float:
     """Memory for scores: what the engine leaves free of the GPU, or a quarter of what the host has free."""
     if on_cpu:
@@ -369,21 +326,6 @@ def _set_environment(on_cpu: bool) -> None:
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # "Triton not available" on a CPU
     if "torch._dynamo" in sys.modules:  # it read its environment when it was imported
         torch._dynamo.config.disable = os.environ["TORCHDYNAMO_DISABLE"] == "1"
-
-
-def _head_dim(hf_config: dict[str, Any]) -> int:
-    return hf_config.get("head_dim") or hf_config["hidden_size"] // hf_config["num_attention_heads"]
-
-
-def _cpu_kv_cache_bytes(hf_config: dict[str, Any], config: EngineConfig, dtype: str) -> int:
-    """Room for `max_num_seqs` documents of full length, at most 1 GiB, at least for one document."""
-    head_dim = _head_dim(hf_config)
-    kv_heads = hf_config.get("num_key_value_heads") or hf_config["num_attention_heads"]
-    item = 4 if dtype == "float32" else 2
-    per_token = 2 * hf_config["num_hidden_layers"] * kv_heads * head_dim * item
-    blocks = -(-(config.max_model_len + 1) // CPU_KV_BLOCK) + 1
-    document = blocks * CPU_KV_BLOCK * per_token
-    return max(document, min(config.max_num_seqs * document, CPU_KV_CACHE_LIMIT))
 
 
 def _score(request: ScoreRequest, ids: np.ndarray | None, logprobs: np.ndarray, topk: int) -> Score:

@@ -1,5 +1,7 @@
-"""Sampled answers of models to problems, graded. Problems and answers are shards, as everywhere: an evaluation
-that was killed goes on, and several workers can share one.
+"""Sampled answers of models to problems, graded.
+
+Problems and answers are shards, as everywhere: an evaluation that was killed goes on, and several workers can
+share one.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from lopd_megatron.inference.engine import read_hf_config
 from lopd_megatron.inference.requests import (
     Engine,
     Failure,
@@ -19,6 +19,7 @@ from lopd_megatron.inference.requests import (
     document_seed,
 )
 from lopd_megatron.inference.shards import Kind
+from lopd_megatron.inference.sizes import read_config
 from lopd_megatron.lineage import Lineage
 from lopd_megatron.records import PROMPT_SCHEMA, ROLLOUT_SCHEMA
 
@@ -85,7 +86,7 @@ def stop_token_ids(model: str, extra: Iterable[int] = ()) -> tuple[int, ...]:
     """Every id that ends a response: of the model's generation config (else its config), and `extra`."""
     found = set(extra)
     generation_config = Path(model) / "generation_config.json"
-    for config in (_read(generation_config), read_hf_config(model)):
+    for config in (_read(generation_config), read_config(model)):
         ids = config.get("eos_token_id")
         if ids is not None:
             found.update([ids] if isinstance(ids, int) else ids)
@@ -94,6 +95,4 @@ def stop_token_ids(model: str, extra: Iterable[int] = ()) -> tuple[int, ...]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    import json
-
     return json.loads(path.read_text()) if path.is_file() else {}
