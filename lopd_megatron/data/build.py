@@ -57,7 +57,7 @@ def write_dataset(
     with DatasetWriter(prefix, columns, topk, {"source": "documents"}) as writer:
         for chunk in _chunks(_with_first(first, stream), 512):
             values = {
-                name: np.concatenate([_column(document, name) for document in chunk]) for name in columns
+                name: np.concatenate([column_of(document, name) for document in chunk]) for name in columns
             }
             writer.append(np.array([len(document.tokens) for document in chunk]), values)
         return writer.commit(lineage or Lineage())
@@ -158,7 +158,8 @@ def flat_columns(batch: RolloutBatch) -> dict[str, np.ndarray]:
     return columns
 
 
-def _column(document: Document, name: str) -> np.ndarray:
+def column_of(document: Document, name: str) -> np.ndarray:
+    """The values of a column as they are stored, flat."""
     values = getattr(document, name)
     if values is None:
         raise ValueError(f"a document lacks {name}, which the first one has")

@@ -125,7 +125,10 @@ class StepLoader:
         return self.order.take(consumed_train_samples, self.global_batch_size)
 
     def _build(self, consumed: int) -> StepBatch:
-        documents = self.documents(consumed)
+        return self.pack(self.documents(consumed))
+
+    def pack(self, documents: np.ndarray) -> StepBatch:
+        """A step made of these documents (int64 [n]), whatever the order of the run says."""
         plan = plan_step(
             self._padded[documents],
             data_parallel_size=self._size,

@@ -17,14 +17,26 @@ from lopd_megatron.records import COLUMNS
 _VERIFY_BLOCK = 1 << 22
 
 
-class Prefix:
-    """One dataset on disk. `values[name]` is a whole column, `offsets` [n + 1] are in tokens."""
+class Documents:
+    """Columns of documents end to end. `values[name]` is a whole column, `offsets` [n + 1] are in tokens."""
+
+    def __init__(self, prefix: str, values: dict[str, np.ndarray], lengths: np.ndarray, topk: int) -> None:
+        self.prefix = prefix
+        self.values = values
+        self.lengths = lengths
+        self.topk = topk
+        self.offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+    def width(self, name: str) -> int:
+        """Values per token of a column."""
+        return self.topk if COLUMNS[name].per_topk else 1
+
+
+class Prefix(Documents):
+    """One dataset on disk, its columns mapped."""
 
     def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
         self.manifest: Manifest = read_manifest(prefix)
-        self.topk = self.manifest.topk
-        self.values: dict[str, np.ndarray] = {}
         for name, entry in self.manifest.files.items():
             path = Path(f"{prefix}.{name}")
             size = path.stat().st_size if path.is_file() else None
@@ -34,15 +46,10 @@ class Prefix:
         columns = {
             name: open_column(f"{prefix}.{name}", COLUMNS[name].dtype) for name in self.manifest.columns
         }
-        self.lengths = np.asarray(columns["tokens"].lengths)
+        values = {name: column.values for name, column in columns.items()}
+        super().__init__(prefix, values, np.asarray(columns["tokens"].lengths), self.manifest.topk)
         for name, column in columns.items():
             self._check_lengths(name, column)
-            self.values[name] = column.values
-        self.offsets = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
-
-    def width(self, name: str) -> int:
-        """Values per token of a column."""
-        return self.topk if COLUMNS[name].per_topk else 1
 
     def verify(self) -> None:
         """Hash every byte and check every value; a UserError names the file. Reads the whole dataset once."""
@@ -74,7 +81,7 @@ class Prefix:
 class Dataset:
     """Documents of one or several prefixes, one after another. Values are token-aligned."""
 
-    def __init__(self, prefixes: list[Prefix]) -> None:
+    def __init__(self, prefixes: Sequence[Documents]) -> None:
         self.prefixes = prefixes
         self.lengths = np.concatenate([part.lengths for part in prefixes])  # int32 [n], tokens
         self.columns = frozenset.intersection(*(frozenset(part.values) for part in prefixes))
@@ -84,7 +91,7 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def locate(self, index: int) -> tuple[Prefix, int]:
+    def locate(self, index: int) -> tuple[Documents, int]:
         """The prefix that holds document `index`, and the document's place in it."""
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
@@ -106,12 +113,13 @@ class Dataset:
 
     @property
     def manifests(self) -> list[Manifest]:
-        return [part.manifest for part in self.prefixes]
+        return [part.manifest for part in self.prefixes if isinstance(part, Prefix)]
 
     def verify(self) -> None:
         """Full check of all prefixes; see `Prefix.verify`."""
         for part in self.prefixes:
-            part.verify()
+            if isinstance(part, Prefix):
+                part.verify()
 
 
 def open_dataset(prefixes: Sequence[str | Path]) -> Dataset:
