@@ -13,6 +13,7 @@ Rules (Lightning OPD, section 3.3: a teacher that did not write the SFT data bia
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -147,18 +148,18 @@ def check_consistency(
     gives a reason. Returns the reason to record: empty where no rule is broken.
     """
     known = data or Lineage()
-    is_sft = objective == "sft"
+    if (known.teacher or known.generator) and teacher and not Path(teacher).is_dir():
+        teacher = None  # training needs no teacher at hand: the data says who it was
     start = model_fingerprint(student) if student else None
-    scorer = known.teacher or (model_fingerprint(teacher) if teacher else None)
+    present = model_fingerprint(teacher) if teacher else None
     broken = []
-    if is_sft:
-        wrote = model_fingerprint(teacher) if teacher and known.generator else None
-        broken.append(_differs("the SFT data was written by", known.generator, "model.teacher is", wrote))
+    if objective == "sft":
+        broken.append(_differs("the SFT data was written by", known.generator, "model.teacher is", present))
     else:
         sft_teacher = (read_model_lineage(student).sft_teacher if student else None) or known.sft_teacher
-        broken.append(
-            _differs("the rollouts were scored by", scorer, "the SFT data was written by", sft_teacher)
-        )
+        scorer = known.teacher or present
+        broken.append(_differs("the rollouts were scored by", known.teacher, "model.teacher is", present))
+        broken.append(_differs("the scoring teacher is", scorer, "the SFT data was written by", sft_teacher))
         broken.append(
             _differs("the rollouts were sampled by", known.generator, "training starts from", start)
         )
@@ -192,18 +193,17 @@ def _tensor_hashes(files: list[Path]) -> list[dict[str, str]]:
     found = [_read_cache(file, cache) for file, cache in zip(files, caches, strict=True)]
     missing = [index for index, hashes in enumerate(found) if hashes is None]
     total = sum(files[index].stat().st_size for index in missing)
+    bar = progress(total, "fingerprint", "B") if total > _SHOW_PROGRESS_BYTES else None
     # hashlib lets go of the GIL, so threads hash on all cores.
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        progress(total, "fingerprint", "B") if total > _SHOW_PROGRESS_BYTES else _no_progress() as bar,
-    ):
+    with bar or contextlib.nullcontext(), ThreadPoolExecutor(os.cpu_count()) as pool:
         for index in missing:
             file = files[index]
             stat = file.stat()
             hashes = _hash_safetensors(file, pool)
             _write_cache(caches[index], {**_stamp(stat), "tensors": hashes})
             found[index] = hashes
-            bar.update(stat.st_size)
+            if bar is not None:
+                bar.update(stat.st_size)
     return [hashes for hashes in found if hashes is not None]
 
 
@@ -276,17 +276,6 @@ def _write_cache(cache: Path, value: dict[str, Any]) -> None:
         write_json(cache, value)
     except OSError as error:  # a home that is full or read-only costs time, not correctness
         say(f"fingerprint cache {cache.parent}: {error.strerror}; it will be computed again next time")
-
-
-class _no_progress:
-    def __enter__(self) -> _no_progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self, n: int) -> None:
-        pass
 
 
 def _read_json(path: Path) -> dict[str, Any]:

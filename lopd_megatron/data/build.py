@@ -6,17 +6,18 @@ write_dataset(prefix, documents)                documents made by a program
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from lopd_megatron.data.alignment import AlignmentReport, Sample, refuse_misaligned, sample_indices
 from lopd_megatron.data.filters import Filters, select
-from lopd_megatron.data.manifest import Manifest, building_folder
+from lopd_megatron.data.manifest import Manifest
 from lopd_megatron.data.shards import RolloutBatch, Shard, read_shards
 from lopd_megatron.data.writer import DatasetWriter, existing_manifest
 from lopd_megatron.errors import UserError
@@ -24,8 +25,8 @@ from lopd_megatron.lineage import Lineage
 from lopd_megatron.progress import progress, say
 from lopd_megatron.records import COLUMNS
 
-Proof = Callable[[Path], dict[str, Any]]
-"""Takes the building folder, returns what the manifest keeps of it, raises to refuse the dataset."""
+Proof = Callable[[list[Sample]], AlignmentReport]
+"""Takes a sample of the documents just built; a report that does not hold refuses the dataset."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def build_dataset(
     filters: Filters,
     lineage: Lineage | None = None,
     proof: Proof | None = None,
+    proof_documents: int = 0,
 ) -> Manifest:
     """Build the dataset of a folder of finished shards, or return the one that is there already.
 
@@ -77,11 +79,11 @@ def build_dataset(
     other shards at the prefix is refused, never overwritten. `lineage` replaces what the shards say.
     """
     shards = read_shards(folder)
-    settings = {"shards": [shard.sha256 for shard in shards], "filters": filters.as_dict()}
-    full = (lineage or shards[0].lineage).model_copy(update={"parents": settings["shards"]})
+    parents = [hashlib.sha256(" ".join(shard.sha256 for shard in shards).encode()).hexdigest()]
+    full = (lineage or shards[0].lineage).model_copy(update={"parents": parents})
     done = existing_manifest(prefix)
     if done is not None:
-        if done.lineage.parents != settings["shards"]:
+        if done.lineage.parents != parents:
             raise UserError(
                 f"{prefix} was built from other shards than those in {folder} now; "
                 f"delete {prefix}.* or set another run_dir"
@@ -89,6 +91,7 @@ def build_dataset(
         say(f"{prefix}: already built, {done.documents} documents")
         return done
     columns, topk = _columns(shards[0])
+    settings = {"shards": parents, "filters": filters.as_dict()}
     with (
         DatasetWriter(prefix, columns, topk, settings) as writer,
         progress(sum(shard.tokens for shard in shards), "build", "tok") as bar,
@@ -103,9 +106,10 @@ def build_dataset(
                 writer.save_point({"shards": index + 1, "dropped": dict(dropped), "kept": dict(kept)})
             bar.update(shard.tokens)
         alignment = None
-        if proof is not None and writer.documents:
-            writer.write_indices()
-            alignment = proof(building_folder(prefix))
+        if proof is not None and proof_documents and writer.documents:
+            report = proof(writer.samples(sample_indices(writer.documents, proof_documents)))
+            refuse_misaligned(report, folder)
+            alignment = report.as_dict()
         return writer.commit(full, dropped=dict(dropped), kept=dict(kept), alignment=alignment)
 
 

@@ -91,7 +91,9 @@ def read_shards(folder: Path) -> list[Shard]:
             f"{folder} holds {len(paths)} of {expected} shards; run the stage that writes it to its end"
         )
     for shard in shards[1:]:
-        if shard.kind != shards[0].kind or not shard.lineage.same_content(shards[0].lineage):
+        # Workers may run their engines differently: smaller after an out-of-memory, another scoring path.
+        lineage = shard.lineage.model_copy(update={"engine": shards[0].lineage.engine})
+        if shard.kind != shards[0].kind or not lineage.same_content(shards[0].lineage):
             raise UserError(
                 f"{shard.path} has another kind or lineage than {shards[0].path.name}: two runs wrote into "
                 f"{folder}; delete it and make it again"

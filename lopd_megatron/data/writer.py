@@ -21,7 +21,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from lopd_megatron.data.indexed import checked_cast, write_index
+from lopd_megatron.data.alignment import Sample
+from lopd_megatron.data.indexed import checked_cast, open_column, write_index
 from lopd_megatron.data.manifest import FileEntry, Manifest, building_folder, manifest_path, read_manifest
 from lopd_megatron.errors import UserError
 from lopd_megatron.files import fsync_path, sha256_file, write_json
@@ -174,6 +175,17 @@ class DatasetWriter:
             fsync_path(path)
         return lengths
 
+    def samples(self, documents: list[int]) -> list[Sample]:
+        """Documents that were appended, read back from the files, for the alignment proof."""
+        lengths = self.write_indices()
+        stops = np.cumsum(lengths, dtype=np.int64)
+        names = ("tokens", "loss_mask", "rollout_logprobs")
+        columns = [open_column(str(self.folder / name), COLUMNS[name].dtype).values for name in names]
+        return [
+            Sample(index, *(values[stops[index] - lengths[index] : stops[index]] for values in columns))
+            for index in documents
+        ]
+
     def _checked(self, name: str, values: np.ndarray, tokens: int) -> np.ndarray:
         column = COLUMNS[name]
         array = np.ascontiguousarray(checked_cast(np.asarray(values), column.dtype, name)).reshape(-1)
@@ -184,8 +196,9 @@ class DatasetWriter:
             raise ValueError(f"token id {array.min()} is negative")
         if name == "loss_mask" and array.size and array.max() > 1:
             raise ValueError(f"loss_mask holds {array.max()}; 0 and 1 are allowed")
-        if column.dtype == np.float32 and not are_logprobs(array).all():
-            bad = array[np.flatnonzero(~are_logprobs(array))[0]]
+        numbers = array.view(np.float16) if name == "teacher_topk_logprobs" else array
+        if numbers.dtype.kind == "f" and not are_logprobs(numbers).all():
+            bad = numbers[np.flatnonzero(~are_logprobs(numbers))[0]]
             raise ValueError(f"{name} holds {bad}, which is no log-prob (finite, at most 0)")
         return array
 
