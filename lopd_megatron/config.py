@@ -227,12 +227,23 @@ class EffOPDConfig(Section):
 
 
 class OnlineConfig(Section):
-    """Standard OPD: fresh rollouts from the current student at every step, a live teacher."""
+    """Standard OPD: fresh rollouts from the current student at every step, a live teacher; see launch.online."""
 
     enabled: bool = False
     overlap_steps: int = Field(default=0, ge=0, le=1)
+    """1: the rollouts of the next step are made while this one trains, by weights one update older."""
+    student_url: str = ""
+    """A running vLLM server for the student; empty: tools/train_online.py starts one. So for the teacher."""
     teacher_url: str = ""
-    refresh_rounds: int = Field(default=1, ge=1)
+    student_devices: str = ""
+    """CUDA_VISIBLE_DEVICES of a server that is started; the training takes those of its own environment."""
+    teacher_devices: str = ""
+    server_patience_s: float = Field(default=1500.0, gt=0)
+    """How long the run waits for a server that went away before it gives up."""
+    sync_documents: int = Field(default=4, ge=1)
+    """Documents that vLLM and Megatron both score after every transfer of weights, to prove it."""
+    sync_tolerance: float = Field(default=0.1, gt=0)
+    """Largest accepted root mean square difference in nats of the two; bf16 engines differ by about 0.04."""
 
 
 class LineageConfig(Section):
@@ -377,3 +388,5 @@ class Paths:
         self.hf = run_dir / "hf"
         self.evaluation = run_dir / "evaluation"
         self.logs = run_dir / "logs"
+        self.online_weights = run_dir / "online" / "weights"
+        self.online_log = run_dir / "online" / "log.jsonl"

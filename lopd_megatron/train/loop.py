@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
@@ -10,22 +10,28 @@ from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import EXIT_REQUEUE
 from lopd_megatron.parallel import topology as grid
 from lopd_megatron.progress import say
+from lopd_megatron.train.inputs import Inputs, check_inputs
 from lopd_megatron.train.launched import launch_rank, launch_world_size
 from lopd_megatron.train.state import BatchSource, Hook, Trainer
 
 
-def run(config: RunConfig, *, hooks: Sequence[Hook] = (), batches: BatchSource | None = None) -> int:
+def run(
+    config: RunConfig,
+    *,
+    hooks: Sequence[Hook] = (),
+    batches: BatchSource | None = None,
+    check: Callable[[RunConfig], Inputs] = check_inputs,
+) -> int:
     """Train, from the newest checkpoint of `run_dir` where there is one. Returns the exit code.
 
     0 when `train_iters` is reached, `EXIT_REQUEUE` when the run stopped before and can go on. `hooks` come
     before the standard ones, so what they do to the weights is logged, validated and saved; `batches`
-    replaces the dataset.
+    replaces the dataset, and then `check` says what is trained on instead.
     """
-    from lopd_megatron.train.inputs import check_inputs
     from lopd_megatron.train.setup import build_trainer, standard_hooks
 
     grid.check_world_size(config.parallel, launch_world_size())
-    inputs = [check_inputs(config).describe() if batches is None and launch_rank() == 0 else {}]
+    inputs = [check(config).describe() if launch_rank() == 0 else {}]
     trainer = build_trainer(config, hooks=hooks, batches=batches)
     trainer.hooks += standard_hooks(config)
     dist.broadcast_object_list(inputs, src=0)
