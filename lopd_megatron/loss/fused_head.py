@@ -21,6 +21,8 @@ sequence parallelism, else one all-reduce of their gradient.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -95,10 +97,13 @@ class _FusedHead(torch.autograd.Function):
             else None
         )
         n = settings.rows.rows.numel()
+        size = _even_chunk(n, settings.chunk_tokens)
+        logits = weight.new_empty(size, weight.size(0))
         values = torch.empty(3, n, dtype=torch.float64, device=hidden.device)
-        for start in range(0, n, settings.chunk_tokens):
-            part = slice(start, min(start + settings.chunk_tokens, n))
-            values[:, part] = _chunk(whole, weight, settings, part, d_whole, d_weight)
+        for start in range(0, n, size):
+            part = slice(start, min(start + size, n))
+            work = logits[: part.stop - start]
+            values[:, part] = _chunk(whole, weight, settings, part, work, d_whole, d_weight)
 
         if d_whole is not None and group:
             if settings.sequence_parallel:
@@ -122,19 +127,29 @@ class _FusedHead(torch.autograd.Function):
         return d_hidden, d_weight, None
 
 
+def _even_chunk(n: int, limit: int) -> int:
+    """Rows per chunk, at most `limit`, such that the last chunk is not a thin one."""
+    chunks = max(1, math.ceil(n / limit))
+    return max(1, math.ceil(n / chunks))
+
+
 def _chunk(
     whole: torch.Tensor,
     weight: torch.Tensor,
     settings: _Settings,
     part: slice,
+    logits: torch.Tensor,
     d_whole: torch.Tensor | None,
     d_weight: torch.Tensor | None,
 ) -> torch.Tensor:
-    """One chunk of c rows: values [3, c]; adds its share to `d_whole` rows and `d_weight`."""
+    """One chunk of c rows in the work memory `logits` [c, V/TP]: values [3, c].
+
+    Writes its rows of `d_whole` and adds its share to `d_weight`.
+    """
     rows, vocab = settings.rows, settings.vocab
     where, ids = rows.rows[part], rows.ids[part]
     hidden = whole[where]
-    logits = hidden @ weight.t()
+    torch.mm(hidden, weight.t(), out=logits)
     logits[:, vocab.num_real :] = -torch.inf
     column, owned = _columns(ids, vocab)
     named = _take_out_(logits, column, owned)
@@ -171,14 +186,35 @@ def _take_out_(logits: torch.Tensor, column: torch.Tensor, owned: torch.Tensor) 
 
 def _exponentiate_(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """z ← exp(z − max z) in place. Returns float64 [c]: max, Σ exp(z − max), Σ exp(z − max)·(z − max)."""
-    # A shard of nothing but −∞ must give exponentials of 0, not of −∞ + ∞.
-    top = logits.amax(1, keepdim=True).float().clamp_(min=torch.finfo(torch.float32).min)
-    shifted = logits.float() - top
+    if logits.is_cuda:
+        sums = _compiled_exponentiate()(logits)
+    else:
+        rows = max(1, _CACHED_ELEMENTS // logits.size(1))
+        sums = torch.cat([_exponentiate_rows_(block) for block in logits.split(rows)], dim=1)
+    top, mass, tilt = sums.double()
+    return top, mass, tilt
+
+
+_CACHED_ELEMENTS = 1 << 18
+"""float32 values of the rows that a CPU core exponentiates in one go: 1 MiB stays in its cache."""
+
+
+def _exponentiate_rows_(logits: torch.Tensor) -> torch.Tensor:
+    """`_exponentiate_` of some rows with temporaries of their size; float32 [3, rows]."""
+    lowest = torch.finfo(torch.float32).min
+    # Clamped, because a shard of nothing but −∞ must give exponentials of 0, and 0 · −∞ a tilt of 0.
+    top = logits.amax(1, keepdim=True).float().clamp(min=lowest)
+    shifted = (logits.float() - top).clamp_(min=lowest)
     exponentials = shifted.exp()
-    mass = exponentials.sum(1)
-    tilt = torch.where(exponentials > 0, exponentials * shifted, 0.0).sum(1)
+    sums = torch.stack([top.squeeze(1), exponentials.sum(1), shifted.mul_(exponentials).sum(1)])
     logits.copy_(exponentials)
-    return top.squeeze(1).double(), mass.double(), tilt.double()
+    return sums
+
+
+@functools.cache
+def _compiled_exponentiate() -> Callable[[torch.Tensor], torch.Tensor]:
+    """The same as fused kernels: two reads and one write of the logits instead of a dozen."""
+    return torch.compile(_exponentiate_rows_, dynamic=True)
 
 
 class _Softmax(NamedTuple):
@@ -223,11 +259,11 @@ def _logit_gradient(
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """total += leftᵀ · right in float32, [v, h]."""
     if left.dtype == torch.float32:
-        total.addmm_(left.t(), right)
+        torch.addmm(total, left.t(), right, out=total)
     elif left.is_cuda:
         torch.ops.aten.addmm.dtype_out(total, left.t(), right, torch.float32, out=total)
     else:  # the CPU has no bfloat16 product with a float32 result
-        total.addmm_(left.t().float(), right.float())
+        torch.addmm(total, left.t().float(), right.float(), out=total)
 
 
 def _deliver(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
