@@ -217,17 +217,27 @@ class EvaluationConfig(Section):
 
 
 class EffOPDConfig(Section):
+    """Extrapolation along the update direction after iterations 1, 2, 4, 8, … (lopd_megatron.effopd)."""
+
     enabled: bool = False
     max_k: int = Field(default=5, ge=1)
+    """Candidates are W + 2k·Δ for k = 1 … max_k."""
     first_trigger: int = Field(default=1, ge=1)
+    """No search before this iteration: Adam's first step is nearly lr·sign(g), whatever its scale."""
     acceptance: Literal["at_least", "strict"] = "at_least"
+    """A candidate passes when it is as good as the best so far (the paper), or better (the released code)."""
     score: Literal["accuracy", "topk_kl", "squared_log_ratio"] = "topk_kl"
+    """`accuracy` samples answers to `accuracy_problems` with vLLM; the others read `data.valid_prefixes`."""
+    accuracy_problems: list[str] = []
+    """Validation problems; `evaluation.*` says how they are sampled and graded."""
     parameters: Literal["all", "attention_mlp"] = "attention_mlp"
+    """Which move: all, or what is inside attention and MLP modules (the released code)."""
     reset_moments: bool = False
+    """Let Adam start anew after an accepted candidate."""
 
 
 class OnlineConfig(Section):
-    """Standard OPD: fresh rollouts from the current student at every step, a live teacher; see launch.online."""
+    """Standard OPD: fresh rollouts of the current student at every step, a live teacher (launch.online)."""
 
     enabled: bool = False
     overlap_steps: int = Field(default=0, ge=0, le=1)
@@ -347,6 +357,29 @@ class RunConfig(Section):
             raise UserError(
                 f"the longest rollout ({need} tokens) does not fit a packed row of "
                 f"data.seq_length={self.data.seq_length}; raise data.seq_length to at least {need}"
+            )
+        if self.effopd.enabled:
+            self._check_effopd()
+
+    def _check_effopd(self) -> None:
+        if self.optimizer.use_precision_aware_optimizer:
+            raise UserError(
+                "effopd.enabled=true writes fp32 main parameters, which "
+                "optimizer.use_precision_aware_optimizer=true does not have; switch one of them off"
+            )
+        if self.effopd.score != "accuracy":
+            if not self.data.valid_prefixes:
+                raise UserError(
+                    f"effopd.score={self.effopd.score} needs held-out data; set data.valid_prefixes"
+                )
+            return
+        if not self.effopd.accuracy_problems:
+            raise UserError("effopd.score=accuracy needs validation problems; set effopd.accuracy_problems")
+        reported = set(self.effopd.accuracy_problems) & set(self.evaluation.input)
+        if reported:
+            raise UserError(
+                f"{min(reported)} is in effopd.accuracy_problems and evaluation.input: what weights are "
+                "chosen by cannot measure them; take another file for one of them"
             )
 
     def dump(self, path: Path) -> None:

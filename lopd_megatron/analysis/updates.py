@@ -87,8 +87,8 @@ def tensor_rows(
             vectors.append(found.left)
         rows.append(row)
     if len(vectors) >= 3:
-        # The last checkpoint comes first in `vectors`; only signs depend on the order, and they relative.
-        rows[0]["trajectory_concentration"] = metrics.trajectory_concentration(vectors[::-1])
+        in_order = vectors[::-1]
+        rows[0]["trajectory_concentration"] = metrics.trajectory_concentration(in_order)
     return rows[::-1]
 
 
@@ -111,7 +111,7 @@ def rounding_norm(stored: torch.Tensor) -> float:
     """
     if stored.dtype not in (torch.bfloat16, torch.float16):
         return 0.0
-    _, exponent = torch.frexp(stored.float())  # 0 for 0, whose ulp is next to nothing
+    _, exponent = torch.frexp(stored.float())
     ulp = torch.finfo(stored.dtype).eps * torch.exp2(exponent - 1.0)
     return frobenius(ulp * (stored != 0)) / 12**0.5
 

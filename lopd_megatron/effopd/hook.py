@@ -1,12 +1,10 @@
-"""EffOPD in a training loop: after iterations 1, 2, 4, 8, … try longer steps the same way.
+"""EffOPD as a hook of the training loop: after iterations 1, 2, 4, 8, … try longer steps the same way.
 
 Lightning and standard OPD alike: it sees weights and a score, not where the rollouts came from.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -15,124 +13,95 @@ import torch.distributed as dist
 
 from lopd_megatron.config import EffOPDConfig
 from lopd_megatron.effopd.checkpoint import accepted_state_dict, restore_accepted
-from lopd_megatron.effopd.scores import agree, from_first_rank
-from lopd_megatron.effopd.search import Score, SearchResult, is_trigger, search
+from lopd_megatron.effopd.extrapolation import Extrapolation
+from lopd_megatron.effopd.optimizer_shards import collect_shards, publish, reset_moments
+from lopd_megatron.effopd.search import Score, SearchResult
 from lopd_megatron.effopd.weights import WeightLine
+from lopd_megatron.errors import UserError
 from lopd_megatron.progress import say
 
-Report = dict[str, torch.Tensor]
 
+class Run(Protocol):
+    """What the hook needs of a training run."""
 
-class HasIteration(Protocol):
-    """A training run: how many iterations it has completed."""
-
+    model: list[Any]
+    optimizer: Any
     iteration: int
 
 
-class HasReport(Protocol):
-    """The outcome of an optimizer step: name → float64 [2], numerator and denominator."""
+class Step(Protocol):
+    """The outcome of an optimizer step; `report` is name → float64 [2], numerator and denominator."""
 
-    report: Report
+    report: dict[str, torch.Tensor]
 
 
 class EffOPDHook:
-    """Searches after every trigger and leaves the accepted weights in the model (arXiv 2605.11739, 4.1).
+    """Has the methods of a training hook; stages do not import each other.
 
-    Δ is measured from the last accepted weights, the initial ones at first, as in the released code; Adam's
-    moments stay as they are unless `config.reset_moments`. One search costs at most `max_k + 1` scores, and
-    per candidate one elementwise pass over the shards and one `publish`.
-
-    The callables come from whoever wires the run, because stages do not import each other:
-    `score()` measures the weights in the model, on all ranks together; the value of the first rank of `group`
-    decides, others may return None. `publish()` brings written main parameters into the model
-    (`optimizer_shards.publish`). `reset_moments()` lets the optimizer start anew. A run calls `after_step`
-    before it saves the checkpoint of the same iteration. The methods are those of the training loop's hooks.
+    `score(run)` measures the weights in the model: see `Extrapolation`. The hook goes before those that log
+    and save, so that a checkpoint holds the accepted weights and what the next Δ is measured from.
     """
 
     name = "effopd"
 
-    def __init__(
-        self,
-        config: EffOPDConfig,
-        line: WeightLine,
-        *,
-        score: Callable[[], Score | None],
-        publish: Callable[[], None],
-        reset_moments: Callable[[], None],
-        group: dist.ProcessGroup | None,
-    ) -> None:
-        self.config = config
-        self.line = line
-        self.history: list[dict[str, Any]] = []
+    def __init__(self, config: EffOPDConfig, score: Callable[[Any], Score | None]) -> None:
+        self._config = config
         self._score = score
-        self._publish = publish
-        self._reset_moments = reset_moments
-        self._group = group
-        self._placed = 0
+        self._is_restored = False
 
-    def on_start(self, trainer: HasIteration) -> None:
-        """Nothing: the accepted weights are those the line was made with, or those of the checkpoint."""
+    def on_build(self, run: Run) -> None:
+        """With the initial weights in the model: they are the first accepted ones."""
+        shards = collect_shards(run.model, run.optimizer, self._config.parameters)
+        self.extrapolation = Extrapolation(
+            self._config,
+            WeightLine(shards),
+            score=lambda: self._score(run),
+            publish=lambda: publish(run.model, run.optimizer),
+            reset_moments=lambda: reset_moments(run.optimizer),
+        )
 
-    def after_step(self, trainer: HasIteration, result: HasReport) -> None:
-        """Search if the completed iteration is a trigger; what was taken joins the report of the step.
+    def on_start(self, run: Run) -> None:
+        """Refuse to go on from a checkpoint without accepted weights: the next Δ would be wrong."""
+        if run.iteration and not self._is_restored:
+            raise UserError(
+                f"the checkpoint of iteration {run.iteration} was written without EffOPD, so it does not say "
+                "where the next Δ starts; resume with effopd.enabled=false, or start anew from its export"
+            )
 
-        Collective; all ranks take the same.
-        """
-        if not is_trigger(trainer.iteration, self.config.first_trigger):
+    def after_step(self, run: Run, result: Step) -> None:
+        """Search if the completed iteration is a trigger; what was taken joins the report of the step."""
+        found = self.extrapolation.after_iteration(run.iteration)
+        if found is None:
             return
-        started = time.monotonic()
-        self.line.begin()
-        self._placed = 0
-        found = search(self._score_at, max_k=self.config.max_k, acceptance=self.config.acceptance)
-        self._place(found.multiplier)
-        self.line.accept()
-        if found.multiplier and self.config.reset_moments:
-            self._reset_moments()
-        (seconds,) = from_first_rank([time.monotonic() - started], self._group)
-        self._record(trainer.iteration, found, seconds, result.report)
+        numbers = {
+            "multiplier": found.multiplier,
+            "score": found.score.value,
+            "seconds": self.extrapolation.history[-1]["seconds"],
+        }
+        for name, number in numbers.items():
+            result.report[f"effopd_{name}"] = torch.tensor([number, 1.0], dtype=torch.float64)
+        if dist.get_rank() == 0:
+            say(describe(run.iteration, found))
 
-    def on_end(self, trainer: HasIteration) -> None:
+    def on_end(self, run: Run) -> None:
         """Nothing: the accepted weights are in the model."""
 
     def state_dict(self, model_state: Any, *, is_loading: bool) -> dict[str, Any]:
-        """What was tried, and the accepted weights; `checkpoint.accepted_state_dict` has the costs."""
-        accepted = accepted_state_dict(self.line, model_state, is_loading=is_loading)
-        return {"history": self.history, "accepted": accepted}
+        """What was tried, and the accepted weights; `accepted_state_dict` has the costs."""
+        accepted = accepted_state_dict(self.extrapolation.line, model_state, is_loading=is_loading)
+        return {"accepted": accepted} | ({} if is_loading else {"history": self.extrapolation.history})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of the run that is resumed, under any layout."""
-        self.history = list(state["history"])
-        restore_accepted(self.line, state["accepted"])
-
-    def _record(self, iteration: int, found: SearchResult, seconds: float, report: Report) -> None:
-        self.history.append(
-            {
-                "iteration": iteration,
-                "multiplier": found.multiplier,
-                "trials": [dataclasses.asdict(trial) for trial in found.trials],
-                "seconds": seconds,
-            }
-        )
-        numbers = {"multiplier": found.multiplier, "score": found.score.value, "seconds": seconds}
-        for name, number in numbers.items():
-            report[f"effopd_{name}"] = torch.tensor([number, 1.0], dtype=torch.float64)
-        if self._group is None or dist.get_rank(self._group) == 0:
-            say(describe(iteration, found))
-
-    def _score_at(self, multiplier: int) -> Score:
-        self._place(multiplier)
-        return agree(self._score(), self._group)
-
-    def _place(self, multiplier: int) -> None:
-        if multiplier != self._placed:
-            self.line.move(multiplier)
-            self._publish()
-            self._placed = multiplier
+        restore_accepted(self.extrapolation.line, state["accepted"])
+        self.extrapolation.history = list(state["history"])
+        self._is_restored = True
 
 
 def describe(iteration: int, result: SearchResult) -> str:
     """One line for a log: every multiplier with its score, and the one taken."""
     tried = ", ".join(
-        f"{t.multiplier}: {t.score.value:.4g} ± {t.score.standard_error:.2g}" for t in result.trials
+        f"{trial.multiplier}: {trial.score.value:.4g} ± {trial.score.standard_error:.2g}"
+        for trial in result.trials
     )
     return f"EffOPD after iteration {iteration}: took multiplier {result.multiplier} of {{{tried}}}"

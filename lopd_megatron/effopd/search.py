@@ -20,7 +20,7 @@ class Score:
 
     value: float
     standard_error: float
-    """Of `value`, from the spread over documents or problems; 0 with fewer than two of them."""
+    """Of `value`, from the spread over documents or problems; 0 where there is one."""
     count: int
     """Documents or problems behind it."""
 

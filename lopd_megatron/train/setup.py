@@ -44,7 +44,7 @@ def build_trainer(
     model = wrap_model(chunks, spec, config)
     optimizer, scheduler = build_optimizer(model, spec, config)
     _connect_schedule(spec.transformer_config, model, optimizer, config)
-    return Trainer(
+    trainer = Trainer(
         config=config,
         topology=topology,
         spec=spec,
@@ -56,6 +56,9 @@ def build_trainer(
         checkpoints=Checkpoints(config, topology),
         hooks=list(hooks),
     )
+    for hook in trainer.hooks:
+        hook.on_build(trainer)
+    return trainer
 
 
 def build_loader(

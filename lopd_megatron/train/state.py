@@ -37,6 +37,9 @@ class Hook:
     name = ""
     """Set it on a hook with state: the key of that state in a checkpoint."""
 
+    def on_build(self, trainer: Trainer) -> None:
+        """With the initial weights in the model, before a checkpoint is loaded."""
+
     def on_start(self, trainer: Trainer) -> None:
         """Before the first step of this process, after a checkpoint was loaded."""
 

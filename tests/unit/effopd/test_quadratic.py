@@ -1,13 +1,11 @@
 """EffOPD on a quadratic equals a NumPy reference with the cumulative arithmetic of the released code."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 
 from lopd_megatron.config import EffOPDConfig
-from lopd_megatron.effopd.hook import EffOPDHook
+from lopd_megatron.effopd.extrapolation import Extrapolation
 from lopd_megatron.effopd.search import Score
 from lopd_megatron.effopd.weights import Shard, WeightLine
 
@@ -48,7 +46,7 @@ def reference(max_k: int, strict: bool, first: int) -> tuple[np.ndarray, list[in
 
 
 class Run:
-    """Gradient descent in torch with the real hook; the parameter is cut in two shards."""
+    """Gradient descent in torch with the real search; the parameter is cut in two shards."""
 
     def __init__(self, config: EffOPDConfig) -> None:
         self.matrix, self.vector = problem()
@@ -57,13 +55,12 @@ class Run:
         cuts = (slice(0, 13), slice(13, None))
         shards = [Shard("0.w", flat[cut], self.parameter, cut.start) for cut in cuts]
         self.resets = 0
-        self.hook = EffOPDHook(
+        self.effopd = Extrapolation(
             config,
             WeightLine(shards),
             score=lambda: Score(-self.loss(), 0.0, 1),
             publish=lambda: None,
             reset_moments=self._count_reset,
-            group=None,
         )
         self.optimizer = torch.optim.SGD([self.parameter], lr=LR)
 
@@ -81,7 +78,7 @@ class Run:
             self.optimizer.step()
             before = self.loss()
             if search:
-                self.hook.after_step(SimpleNamespace(iteration=step), SimpleNamespace(report={}))
+                self.effopd.after_iteration(step)
                 assert self.loss() <= before  # never worse than going on without it, at every trigger
 
 
@@ -91,7 +88,7 @@ def test_equals_the_numpy_reference(acceptance: str, max_k: int, first: int) -> 
     expected, multipliers = reference(max_k, acceptance == "strict", first)
     run = Run(EffOPDConfig(max_k=max_k, acceptance=acceptance, first_trigger=first))
     run.train(1, STEPS)
-    assert [entry["multiplier"] for entry in run.hook.history] == multipliers
+    assert [entry["multiplier"] for entry in run.effopd.history] == multipliers
     assert max(multipliers) == 2 * max_k
     # float64; the reference accumulates one rounding more for each factor
     np.testing.assert_allclose(run.parameter.detach().numpy(), expected, rtol=1e-12, atol=1e-12)
@@ -102,7 +99,7 @@ def test_a_delta_from_the_initial_weights_is_another_algorithm() -> None:
     expected, _ = reference(5, False, 1)
     run = Run(EffOPDConfig())
     run.train(1, 8)
-    for accepted in run.hook.line.accepted:
+    for accepted in run.effopd.line.accepted:
         accepted.zero_()
     run.train(9, STEPS)
     assert np.abs(run.parameter.detach().numpy() - expected).max() > 1e-3
@@ -122,19 +119,19 @@ def test_resume_is_exact() -> None:
     first, second = Run(EffOPDConfig()), Run(EffOPDConfig())
     first.train(1, 11)
     second.parameter.data.copy_(first.parameter.data)
-    for mine, saved in zip(second.hook.line.accepted, first.hook.line.accepted, strict=True):
+    for mine, saved in zip(second.effopd.line.accepted, first.effopd.line.accepted, strict=True):
         mine.copy_(saved)
-    second.hook.history = list(first.hook.history)
+    second.effopd.history = list(first.effopd.history)
     second.train(12, STEPS)
     assert torch.equal(second.parameter, whole.parameter)
-    strip = [{k: v for k, v in entry.items() if k != "seconds"} for entry in whole.hook.history]
-    assert [{k: v for k, v in entry.items() if k != "seconds"} for entry in second.hook.history] == strip
+    strip = [{k: v for k, v in entry.items() if k != "seconds"} for entry in whole.effopd.history]
+    assert [{k: v for k, v in entry.items() if k != "seconds"} for entry in second.effopd.history] == strip
 
 
 def test_moments_are_reset_only_when_asked_and_only_after_a_jump() -> None:
     keep, reset = Run(EffOPDConfig()), Run(EffOPDConfig(reset_moments=True))
     keep.train(1, STEPS)
     reset.train(1, STEPS)
-    jumps = sum(entry["multiplier"] > 0 for entry in reset.hook.history)
+    jumps = sum(entry["multiplier"] > 0 for entry in reset.effopd.history)
     assert keep.resets == 0
     assert reset.resets == jumps > 0

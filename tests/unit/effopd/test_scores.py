@@ -1,22 +1,16 @@
-"""Held-out scores: sums divided once, standard errors over documents or problems."""
+"""Held-out scores: sums divided once, standard errors over documents."""
 
 import math
 
 import pytest
 import torch
 
-from lopd_megatron.effopd.scores import HeldOutSums, accuracy_score, agree, token_documents
+from lopd_megatron.effopd.scores import HeldOutSums, agree
 
 
-def test_token_documents_follows_the_packed_row() -> None:
-    cu_seqlens = torch.tensor([0, 2, 5, 6], dtype=torch.int32)
-    assert token_documents(cu_seqlens, (7, 3, -1)).tolist() == [7, 7, 3, 3, 3, -1]
-
-
-def test_mean_is_over_tokens_and_only_over_trained_ones() -> None:
+def test_mean_is_over_tokens() -> None:
     sums = HeldOutSums(4)
-    documents = torch.tensor([[0, 0, 1, 1, 1, -1]])
-    sums.add(torch.tensor([[9.0, 1.0, 2.0, 3.0, 4.0, 9.0]]), torch.tensor([[0, 1, 1, 1, 1, 0.0]]), documents)
+    sums.add(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0, 1, 1, 1]))
     score = sums.score()
     assert score.value == pytest.approx(-10 / 4)
     assert score.value != pytest.approx(-(1 + 3) / 2)  # planted: the mean of document means
@@ -27,9 +21,9 @@ def test_the_result_does_not_depend_on_the_packing() -> None:
     generator = torch.Generator().manual_seed(1)
     losses, documents = torch.rand(40, generator=generator), torch.arange(40) // 5
     whole, parts = HeldOutSums(8), HeldOutSums(8)
-    whole.add(losses, torch.ones(40), documents)
+    whole.add(losses, documents)
     for piece in torch.randperm(40, generator=generator).split(7):
-        parts.add(losses[piece], torch.ones(len(piece)), documents[piece])
+        parts.add(losses[piece], documents[piece])
     assert parts.score().value == pytest.approx(whole.score().value, abs=1e-15)
 
 
@@ -42,7 +36,7 @@ def test_standard_error_covers_the_truth() -> None:
         documents = torch.arange(40).repeat_interleave(lengths)
         losses = (1 + torch.randn(40, generator=generator))[documents]
         sums = HeldOutSums(40)
-        sums.add(losses, torch.ones(len(losses)), documents)
+        sums.add(losses, documents)
         score = sums.score()
         inside += abs(-score.value - 1.0) < 1.96 * score.standard_error
         naive_inside += abs(-score.value - 1.0) < 1.96 * float(losses.std()) / math.sqrt(len(losses))
@@ -51,22 +45,17 @@ def test_standard_error_covers_the_truth() -> None:
     assert naive_inside / rounds < 0.6  # planted: tokens counted as independent
 
 
-def test_accuracy() -> None:
-    score = accuracy_score([[True, False], [True, True], [False, False], [True, True]])
-    assert score.value == pytest.approx(2.5 / 4)
-    shares = torch.tensor([0.5, 1.0, 0.0, 1.0], dtype=torch.float64)
-    assert score.standard_error == pytest.approx(float(shares.std() / 2))
-    assert score.count == 4
-    assert accuracy_score([[True]]).standard_error == 0.0
+def test_one_document_has_no_spread() -> None:
+    sums = HeldOutSums(2)
+    sums.add(torch.tensor([1.0, 2.0]), torch.tensor([1, 1]))
+    assert (sums.score().standard_error, sums.score().count) == (0.0, 1)
 
 
 def test_nothing_to_score_is_an_error() -> None:
     with pytest.raises(ValueError, match="no held-out token"):
         HeldOutSums(3).score()
-    with pytest.raises(ValueError, match="at least one sampled answer"):
-        accuracy_score([[True], []])
 
 
 def test_the_deciding_rank_needs_a_score() -> None:
     with pytest.raises(ValueError, match="compute the score"):
-        agree(None, None)
+        agree(None)
