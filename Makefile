@@ -1,9 +1,46 @@
-# make demo: the whole pipeline on a tiny task. make test: env system  ## unit, distributed, end-to-end and Slurm tests on CPU
-	$(PY) -m pytest tests
+# `make demo` runs the whole pipeline on a tiny task, `make test` all tests that need no GPU.
+# Both make .venv first; nothing else is typed, and the second time is quick.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help env system demo demo-clean test check format lock
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+env: $(VENV)/.ready  ## the Python environment in .venv, from the committed lock
+
+# --no-deps: the lock is complete, and the metadata of some packages contradict each other (pyproject.toml
+# says which and why).
+$(VENV)/.ready: .ci/lock-cpu.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q --no-deps -r .ci/lock-cpu.txt
+	$(VENV)/bin/pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+lock: env  ## resolve pyproject.toml again into the committed lock
+	$(VENV)/bin/uv pip compile pyproject.toml --python-version 3.11 --extra cpu --extra dev \
+	  --no-annotate --no-header -q -o .ci/lock-cpu.txt
 
 # Slurm for tests/slurm and a browser for the report's test. Without root or apt those tests skip and say so.
 system:
 	@tools/install_system_packages.sh
+
+test: env system  ## unit, distributed, end-to-end and Slurm tests on CPU
+	$(PY) -m pytest tests
+
+check: env  ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: env  ## what ruff can mend by itself
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
 
 demo: env  ## the whole pipeline on a tiny task, about ten minutes on two cores
 	$(PY) tools/demo.py
