@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,16 @@ SIGNAL_BEFORE_S = 300
 def run(stages: Sequence[Stage], executor: str, *, dry_run: bool = False) -> int:
     """Run the chain on NeMo-Run's `local` or `slurm` executor and wait. 0 only if every task succeeded."""
     home = (stages[-1].config.paths.logs / "nemo_run").absolute()
-    os.environ["NEMORUN_HOME"] = str(home)  # read when nemo_run is imported
     os.environ["PATH"] = shell.environment()["PATH"]
+    if dry_run and executor == "local":
+        print("\n".join(shell.lines(stages)))
+        return 0
     if dry_run:
-        return _dry_run(stages, executor, home)
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["NEMORUN_HOME"] = folder  # read when nemo_run is imported
+            print(_scripts(stages).replace(folder, str(home)))
+        return 0
+    os.environ["NEMORUN_HOME"] = str(home)
     if executor == "slurm":
         return _run_experiment(stages, executor)
     for stage in stages:
@@ -59,23 +65,16 @@ def _run_experiment(stages: Sequence[Stage], executor: str) -> int:
     return 1 if failed else 0
 
 
-def _dry_run(stages: Sequence[Stage], executor: str, home: Path) -> int:
-    """Print the batch scripts (slurm) or commands (local) that would run."""
-    if executor == "local":
-        print("\n".join(shell.lines(stages)))
-        return 0
+def _scripts(stages: Sequence[Stage]) -> str:
+    """The batch scripts that would be submitted, and the scripts that they run."""
     import nemo_run
 
-    existed = home.exists()
     with nemo_run.Experiment(stages[-1].run, skip_status_at_exit=True) as experiment:
-        names = _add(experiment, stages, executor)
+        names = _add(experiment, stages, "slurm")
         experiment.dryrun(log=False, delete_exp_dir=False)
     folder = Path(experiment._exp_dir)
-    for name in names:
-        print((folder / f"{name}_sbatch.sh").read_text())
-        print(f"# scripts/{name}.sh\n{(folder / 'scripts' / f'{name}.sh').read_text()}")
-    shutil.rmtree(folder if existed else home)
-    return 0
+    files = [path for name in names for path in (f"{name}_sbatch.sh", f"{name}/scripts/{name}.sh")]
+    return "\n".join(f"# {file}\n{(folder / file).read_text()}" for file in files)
 
 
 def _add(experiment: Any, stages: Sequence[Stage], executor: str) -> list[str]:

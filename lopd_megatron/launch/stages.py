@@ -85,7 +85,7 @@ def stages(config: RunConfig, recipe: str, overrides: Sequence[str] = ()) -> lis
         if kind != "torchrun" and resources.nodes > 1:
             raise UserError(
                 f"launch.stages.{name}.nodes={resources.nodes}: only train spans nodes; "
-                "give rollouts and score more workers with array"
+                "give rollouts, score and evaluate more workers with array"
             )
         return Stage(
             config.name,
@@ -118,7 +118,7 @@ def stages(config: RunConfig, recipe: str, overrides: Sequence[str] = ()) -> lis
     found.append(stage("export", _export(config), [paths.checkpoints, model.student], paths.hf))
     if config.evaluation.input:
         inputs: list[str | Path] = [paths.hf, *config.evaluation.input]
-        found.append(stage("evaluate", _tool("evaluate"), inputs, paths.evaluation))
+        found.append(stage("evaluate", _tool("evaluate"), inputs, paths.evaluation, "array"))
     return ordered(found)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 PROGRAMS = ("munged", "mungekey", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
+GPUS = 2
 SEARCH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 CONF = """\
@@ -52,8 +53,15 @@ ReturnToService=2
 SlurmdParameters=config_overrides
 KillWait={kill_wait}
 MinJobAge=600
+GresTypes=gpu
 {nodes}
-PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=debug Nodes={names} Default=YES MaxTime=INFINITE State=UP
+# Powered down nodes that never start: big enough for `sbatch --test-only` of a real cluster's jobs.
+SuspendProgram=/bin/true
+ResumeProgram=/bin/true
+SuspendTime=INFINITE
+NodeName=big[1-64] State=CLOUD CPUs=64 RealMemory=1000000 Gres=gpu:8
+PartitionName=big Nodes=big[1-64] MaxTime=INFINITE State=UP
 """
 
 # NeMo-Run asks sacct for the state of a job. This lab has no accounting database, scontrol knows the same.
@@ -115,19 +123,33 @@ class SlurmLab:
         self.until("slurmctld", lambda: self.run(["scontrol", "ping"], check=False).returncode == 0)
         for name in self.names:
             self._spawn("slurmd", "-D", "-N", name, "-f", conf)
-        self.until("idle nodes", lambda: set(self.node_states().values()) == {"idle"})
+        self.until("idle nodes", lambda: list(self.node_states().values()) == ["idle"] * len(self.names))
 
     def _write_config(self) -> None:
         ports = free_ports(1 + len(self.names))
         nodes = "\n".join(
             f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} "
-            f"CPUs={self.cpus} RealMemory=4000"
+            f"CPUs={self.cpus} RealMemory=4000 Gres=gpu:{GPUS}"
             for name, port in zip(self.names, ports[1:], strict=True)
         )
         user = pwd.getpwuid(os.geteuid()).pw_name
         conf = self.base / "slurm.conf"
         conf.write_text(
-            CONF.format(base=self.base, ports=ports, user=user, nodes=nodes, kill_wait=self.kill_wait)
+            CONF.format(
+                base=self.base,
+                ports=ports,
+                user=user,
+                nodes=nodes,
+                names=",".join(self.names),
+                kill_wait=self.kill_wait,
+            )
+        )
+        for i in range(GPUS):  # a GPU must be a character device
+            (self.base / f"run/gpu{i}").symlink_to("/dev/null")
+        (self.base / "gres.conf").write_text(
+            "AutoDetect=off\n"
+            f"NodeName={','.join(self.names)} Name=gpu File={self.base}/run/gpu[0-{GPUS - 1}]\n"
+            "NodeName=big[1-64] Name=gpu Count=8\n"
         )
         # slurmd opens a cgroup plugin although it tracks processes by /proc; v1 needs nothing mounted.
         (self.base / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
@@ -188,7 +210,7 @@ class SlurmLab:
         return result
 
     def node_states(self) -> dict[str, str]:
-        lines = self.run(["sinfo", "-h", "-N", "-o", "%N %T"], check=False).stdout.splitlines()
+        lines = self.run(["sinfo", "-h", "-N", "-p", "debug", "-o", "%N %T"], check=False).stdout.splitlines()
         return dict(line.split(maxsplit=1) for line in lines if line.startswith("n"))
 
     def job(self, job: str) -> dict[str, str]:
