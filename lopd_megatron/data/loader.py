@@ -19,9 +19,9 @@ import torch
 
 from lopd_megatron.data.order import Order
 from lopd_megatron.data.packing import CROSSOVER_8B, plan_step
-from lopd_megatron.data.store import Dataset
+from lopd_megatron.data.store import Dataset, Documents, Span
 from lopd_megatron.errors import UserError
-from lopd_megatron.records import MicroBatch
+from lopd_megatron.records import COLUMNS, MicroBatch
 
 TOKEN_FIELDS: dict[str, tuple[str, type[np.generic]]] = {
     "tokens": ("tokens", np.int64),
@@ -137,36 +137,37 @@ class StepLoader:
             round_to=self._round_to,
             crossover=self._crossover,
         )
-        trained = {int(index): self._count_trained(int(index)) for index in np.unique(documents)}
+        spans = self.dataset.spans(documents)
+        trained = [_count_trained(*span) for span in spans]
         return StepBatch(
             microbatches=[
-                self._microbatch(documents[row], trained, plan.seq_length)
+                self._microbatch(documents, spans, trained, row, plan.seq_length)
                 for row in plan.microbatches[self._rank]
             ],
             seq_length=plan.seq_length,
             num_sequences=len(documents),
-            num_tokens=sum(trained[int(index)] for index in documents),
+            num_tokens=sum(trained),
             num_total_tokens=int(self.dataset.lengths[documents].sum(dtype=np.int64)),
             sequence_lengths=self.dataset.lengths[documents],
         )
 
-    def _count_trained(self, index: int) -> int:
-        part, place = self.dataset.locate(index)
-        start, stop = part.offsets[place : place + 2]
-        return int(np.count_nonzero(part.values["loss_mask"][start + 1 : stop]))
-
-    def _microbatch(self, documents: np.ndarray, trained: dict[int, int], total: int) -> MicroBatch:
-        lengths = self._padded[documents].tolist()
-        indices = documents.tolist()
+    def _microbatch(
+        self, documents: np.ndarray, spans: list[Span], trained: list[int], row: list[int], total: int
+    ) -> MicroBatch:
+        """The micro-batch of the documents at places `row` of the step."""
+        indices = documents[row].tolist()
+        lengths = self._padded[indices].tolist()
+        response_lengths = [trained[place] for place in row]
         if sum(lengths) < total:
             lengths.append(total - sum(lengths))
             indices.append(-1)
+            response_lengths.append(0)
         starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        fields = {
-            name: self._fill(name, documents, starts, total) for name in self.columns & TOKEN_FIELDS.keys()
-        }
+        here = [spans[place] for place in row]
+        fields = {name: self._fill(name, here, starts, total) for name in self.columns & TOKEN_FIELDS.keys()}
         if "position_ids" in self.columns:
-            fields["position_ids"] = np.arange(total) - np.repeat(starts[:-1], lengths)
+            ramp = np.arange(max(lengths))
+            fields["position_ids"] = np.concatenate([ramp[:length] for length in lengths])
         if "sequence_index" in self.columns:
             fields["sequence_index"] = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
         if self._cp_size > 1:
@@ -177,27 +178,29 @@ class StepLoader:
         }
         return MicroBatch(
             **tensors,
-            response_lengths=torch.tensor([trained.get(index, 0) for index in indices], dtype=torch.int32),
+            response_lengths=torch.tensor(response_lengths, dtype=torch.int32),
             cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
             max_seqlen=max(lengths),
             document_indices=tuple(indices),
         )
 
-    def _fill(self, field: str, documents: np.ndarray, starts: np.ndarray, total: int) -> np.ndarray:
+    def _fill(self, field: str, spans: list[Span], starts: np.ndarray, total: int) -> np.ndarray:
         """[total] or [total, k]: one field of all documents, shifted to the labels except for the tokens."""
         column, dtype = TOKEN_FIELDS[field]
         shift = 0 if field == "tokens" else 1
-        shape = (total, self.dataset.topk) if column.startswith("teacher_topk") else (total,)
-        out = np.zeros(shape, dtype)
-        for start, index in zip(starts.tolist(), documents.tolist(), strict=False):
-            part, place = self.dataset.locate(index)
-            width = part.width(column)
-            first, stop = part.offsets[place : place + 2].tolist()
+        width = self.dataset.topk if COLUMNS[column].per_topk else 1
+        out = np.zeros(total * width, dtype)
+        for start, (part, first, stop) in zip(starts.tolist(), spans, strict=False):
             values = part.values[column][(first + shift) * width : stop * width]
             if column == "teacher_topk_logprobs":
                 values = values.view(np.float16)
-            out[start : start + stop - first - shift] = values.reshape(-1, *shape[1:])
-        return out
+            out[start * width : (start + stop - first - shift) * width] = values
+        return out.reshape(total, width) if COLUMNS[column].per_topk else out
+
+
+def _count_trained(part: Documents, first: int, stop: int) -> int:
+    """Trained tokens of a document; the first token is never one."""
+    return int(np.count_nonzero(part.values["loss_mask"][first:stop]))
 
 
 def zigzag_indices(lengths: np.ndarray, rank: int, size: int) -> np.ndarray:

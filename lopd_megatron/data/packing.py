@@ -16,7 +16,7 @@ import numpy as np
 CROSSOVER_8B = 51_000.0
 """Qwen3-8B: 15.1 GFLOP a token without attention, 0.295 MFLOP per token and token of context."""
 
-_SWAP_ROUNDS = 256
+_MOST_EXCHANGES = 256
 
 
 def flop_cost(lengths: np.ndarray, crossover: float = CROSSOVER_8B) -> np.ndarray:
@@ -50,50 +50,46 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     return rows
 
 
-def balance(costs: np.ndarray, parts: int) -> list[list[int]]:
-    """Split items into `parts` with sums of `costs` as equal as can be: longest first, then swaps and moves.
+def balance(costs: np.ndarray, parts: int, tolerance: float = 1e-4) -> list[list[int]]:
+    """Split items into `parts` with sums of `costs` as equal as can be: longest first, then exchanges.
 
-    Every part may be empty. Deterministic.
+    Stops when the dearest part is within `tolerance` of the mean. A part may be empty. Deterministic.
     """
     sums = [(0.0, part) for part in range(parts)]
-    groups: list[list[int]] = [[] for _ in range(parts)]
+    owner = np.empty(len(costs), np.int64)
     for item in np.argsort(-costs, kind="stable").tolist():
         total, part = sums[0]
         heapq.heapreplace(sums, (total + float(costs[item]), part))
-        groups[part].append(item)
-    _swap(groups, costs)
-    return groups
+        owner[item] = part
+    _exchange(owner, costs, parts, tolerance)
+    order = np.argsort(owner, kind="stable")
+    return [group.tolist() for group in np.split(order, np.cumsum(np.bincount(owner, minlength=parts))[:-1])]
 
 
-def _swap(groups: list[list[int]], costs: np.ndarray) -> None:
-    """Exchange one item (or none) of the dearest part with one of another while the dearest gets cheaper."""
-    if len(groups) < 2:
-        return
-    totals = np.array([costs[group].sum() for group in groups])
-    for _ in range(_SWAP_ROUNDS):
+def _exchange(owner: np.ndarray, costs: np.ndarray, parts: int, tolerance: float) -> None:
+    """While it helps: give an item of the dearest part for a cheaper one of another part, or for none."""
+    totals = np.bincount(owner, costs, parts)
+    goal = totals.mean() * (1 + tolerance)
+    # Every part also holds a "none" of cost 0.
+    offered = np.concatenate([costs, np.zeros(parts)])
+    offering = np.concatenate([owner, np.arange(parts)])
+    for _ in range(_MOST_EXCHANGES):
         dearest = int(totals.argmax())
-        best_gain, best = 1e-9 * totals[dearest], None
-        mine = np.append(costs[groups[dearest]], 0.0)
-        for other in np.argsort(totals, kind="stable").tolist():
-            gap = totals[dearest] - totals[other]
-            if other == dearest or gap / 2 <= best_gain:
-                break
-            theirs = np.append(costs[groups[other]], 0.0)
-            moved = mine[:, None] - theirs[None, :]
-            # What the dearer of the two loses.
-            gain = np.where(moved > 0, np.minimum(moved, gap - moved), -1.0)
-            place = int(gain.argmax())
-            if gain.flat[place] > best_gain:
-                best_gain, best = float(gain.flat[place]), (other, *divmod(place, len(theirs)))
-        if best is None:
+        if totals[dearest] <= goal:
             return
-        other, give, take = best
-        a, b = groups[dearest], groups[other]
-        given = a.pop(give) if give < len(a) else None
-        taken = b.pop(take) if take < len(b) else None
-        a += [] if taken is None else [taken]
-        b += [] if given is None else [given]
-        totals[dearest], totals[other] = costs[a].sum(), costs[b].sum()
+        mine = np.flatnonzero(owner == dearest)
+        moved = costs[mine, None] - offered
+        gap = totals[dearest] - totals[offering]
+        gain = np.minimum(moved, gap - moved)  # what the dearer of the two parts loses
+        give, take = divmod(int(gain.argmax()), len(offered))
+        if gain[give, take] <= 1e-9 * totals[dearest]:
+            return
+        other, given = int(offering[take]), int(mine[give])
+        totals[dearest] -= moved[give, take]
+        totals[other] += moved[give, take]
+        owner[given] = offering[given] = other
+        if take < len(costs):
+            owner[take] = offering[take] = dearest
 
 
 @dataclass(frozen=True)
@@ -141,7 +137,8 @@ def _spread(
     """
     attention = costs - lengths
     rows = packed + [[] for _ in range(count - len(packed))]
-    candidates = [rows, balance(lengths.astype(np.float64), count), balance(costs, count)]
+    # Closer than a part in a thousand, padding outweighs the difference.
+    candidates = [rows, *(balance(weights, count, 1e-3) for weights in (lengths.astype(np.float64), costs))]
 
     def dearest(rows: list[list[int]]) -> float:
         tokens = max(int(lengths[row].sum()) for row in rows)

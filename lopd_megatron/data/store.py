@@ -78,6 +78,9 @@ class Prefix(Documents):
             )
 
 
+Span = tuple[Documents, int, int]
+
+
 class Dataset:
     """Documents of one or several prefixes, one after another. Values are token-aligned."""
 
@@ -97,6 +100,16 @@ class Dataset:
             raise IndexError(f"document {index} of {len(self)}")
         part = int(np.searchsorted(self._first, index, side="right")) - 1
         return self.prefixes[part], index - int(self._first[part])
+
+    def spans(self, documents: np.ndarray) -> list[Span]:
+        """Where the columns of many documents lie: (part, first token, token behind the last) of each."""
+        parts = np.searchsorted(self._first, documents, side="right") - 1
+        places = (documents - self._first[parts]).tolist()
+        found = []
+        for part_index, place in zip(parts.tolist(), places, strict=True):
+            part = self.prefixes[part_index]
+            found.append((part, int(part.offsets[place]), int(part.offsets[place + 1])))
+        return found
 
     def document(self, index: int) -> dict[str, np.ndarray]:
         """Column → values of one document of s tokens: [s], or [s, k]; top-k log-probs as float16. Views."""
