@@ -24,7 +24,8 @@ class _Lines(tqdm):
 def progress(total: int | None, description: str, unit: str, *, initial: int = 0) -> tqdm:
     """A counter to `update(n)`; use as a context manager. It writes to stderr only.
 
-    On a terminal it is a bar; in a log file it is one plain line every ten seconds.
+    On a terminal it is a bar; in a log file it is one plain line every ten seconds. Work of less than a
+    second shows nothing.
     """
     terminal = sys.stderr.isatty()
     kind = tqdm if terminal else _Lines
@@ -36,6 +37,7 @@ def progress(total: int | None, description: str, unit: str, *, initial: int = 0
         unit_scale=True,
         file=sys.stderr,
         mininterval=0.2 if terminal else 10.0,
+        delay=1.0,
         ncols=100 if terminal else 0,
         ascii=not terminal,
         dynamic_ncols=False,

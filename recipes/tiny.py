@@ -8,6 +8,7 @@ Everything lies below `root`, which `tools/make_tiny_task.py` fills first.
 from __future__ import annotations
 
 from lopd_megatron.config import EngineConfig, RunConfig
+from lopd_megatron.launch.refresh import refresh_rounds
 from recipes import tiny_task as task
 
 DEMO = "runs/demo"
@@ -126,6 +127,79 @@ def lightning_opd_topk(root: str = DEMO) -> RunConfig:
     config.scoring.topk = 1
     config.loss.topk = 1
     return config
+
+
+def standard_opd(root: str = DEMO) -> RunConfig:
+    """Standard OPD from the same student: fresh rollouts at every step, the teacher as a live server."""
+    config = lightning_opd(root)
+    config.name = "standard_opd"
+    config.run_dir = f"{root}/standard_opd"
+    config.online.enabled = True
+    config.online.sync_tolerance = 1e-3
+    config.parallel.tensor_model_parallel_size = 1
+    return config
+
+
+def standard_opd_topk(root: str = DEMO) -> RunConfig:
+    """Standard OPD with the loss of lightning_opd_topk: the top-k of the live teacher."""
+    config = standard_opd(root)
+    config.name = "standard_opd_topk"
+    config.run_dir = f"{root}/standard_opd_topk"
+    config.loss.objective = "topk_reverse_kl"
+    config.scoring.topk = 1
+    config.loss.topk = 1
+    return config
+
+
+def teacher_b(root: str = DEMO) -> RunConfig:
+    """A teacher that is as right as the first one and writes style A with probability 0.1."""
+    return _other_teacher(root, "teacher_b")
+
+
+def teacher_hard_b(root: str = DEMO) -> RunConfig:
+    """A teacher that never writes style A: it thinks little of every step of the first one's students."""
+    return _other_teacher(root, "teacher_hard_b")
+
+
+def teacher_soft(root: str = DEMO) -> RunConfig:
+    """A teacher that writes both styles alike: one more bit of entropy in every step."""
+    return _other_teacher(root, "teacher_soft")
+
+
+def _other_teacher(root: str, name: str) -> RunConfig:
+    """Needs `tools/make_tiny_task.py --all-teachers`."""
+    config = _pretrain(root, name, "teacher_init", 1200)
+    config.train.seed = 2
+    return config
+
+
+def sft_b(root: str = DEMO) -> RunConfig:
+    """SFT on answers of teacher B."""
+    config = sft(root)
+    config.name = "sft_b"
+    config.run_dir = f"{root}/sft_b"
+    config.model.teacher = f"{root}/teacher_b/hf"
+    return config
+
+
+def lightning_opd_mismatch(root: str = DEMO) -> RunConfig:
+    """SFT by teacher A, distillation from teacher B: what the rule of one teacher is there to prevent."""
+    config = lightning_opd(root)
+    config.name = "lightning_opd_mismatch"
+    config.run_dir = f"{root}/lightning_opd_mismatch"
+    config.model.teacher = f"{root}/teacher_b/hf"
+    config.lineage.allow_mismatch = "measures what a second teacher costs"
+    return config
+
+
+def lightning_opd_round_1(root: str = DEMO) -> RunConfig:
+    """Lightning OPD in two rounds: half of the iterations on rollouts of the SFT student …"""
+    return refresh_rounds(lightning_opd(root), 2)[0]
+
+
+def lightning_opd_round_2(root: str = DEMO) -> RunConfig:
+    """… and half on rollouts of the student that the first round left."""
+    return refresh_rounds(lightning_opd(root), 2)[1]
 
 
 def after(root: str = DEMO) -> RunConfig:

@@ -12,9 +12,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any, Protocol
 
 import numpy as np
@@ -75,41 +76,33 @@ class OnlineRollouts(Hook):
 
     Everything follows from (seed, consumed samples, weights): there is no state to checkpoint, and a run
     resumed without overlap makes the same rollouts. Put it behind hooks that change the weights. Traffic per
-    step: one broadcast of the documents over `group` (gloo: its time-out must be longer than the patience of
-    the clients), one gather of the weights to rank 0, one forward pass of `online.sync_documents`.
+    step: one broadcast of the documents, one gather of the weights to rank 0, one forward pass of
+    `online.sync_documents`.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        prompts: Sequence[Prompt],
-        engines: Engines | None,
-        group: dist.ProcessGroup | None = None,
-    ) -> None:
+    def __init__(self, config: RunConfig, prompts: Sequence[Prompt], engines: Engines | None) -> None:
         self.config = config
         self.prompts = prompts
         self.engines = engines
         self.seconds = {"generate": 0.0, "score": 0.0, "sync": 0.0}
         """Spent on rank 0 in each part; with overlap the first two run beside the training."""
-        self._group = group
+        self._group: dist.ProcessGroup | None = None
         self._order = Order(len(prompts), config.train.seed)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
         self._ahead: tuple[int, Future[list[Document]]] | None = None
-        self._probe: list[Document] = []
+        self._probe: list[Generation] = []
 
     def on_start(self, trainer: Trainer) -> None:
-        self._probe_loss = build_head_loss(
-            self.config.model_copy(update={"loss": LossConfig(objective="lightning_opd")}),
-            trainer.spec,
-            trainer.topology,
-        )
+        # NCCL gives up after minutes, and rank 0 may wait for a server much longer.
+        patience = timedelta(seconds=self.config.online.server_patience_s + 600)
+        self._group = dist.new_group(backend="gloo", timeout=patience)
         self._trainer = trainer
         self._sync(trainer)
 
     def step(self, consumed: int) -> StepBatch:
         """The rollouts of the step that follows `consumed` sequences, packed. Collective over the world."""
         documents = self._from_rank_0(lambda: self._documents(consumed))
-        return self._pack(documents)
+        return pack(self.config, self._trainer, documents)
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         if trainer.is_done:
@@ -147,10 +140,7 @@ class OnlineRollouts(Hook):
         scores = score(self.engines.teacher, requests, rollouts, self.config.loss.topk)
         self.seconds["generate"] += sampled - start
         self.seconds["score"] += time.monotonic() - sampled
-        return [
-            document(request.prompt_tokens, rollout, scored)
-            for request, rollout, scored in zip(requests, rollouts, scores, strict=True)
-        ]
+        return documents_of(requests, rollouts, scores)
 
     def _requests(self, consumed: int) -> list[GenerationRequest]:
         rollout, count = self.config.rollout, self.config.train.global_batch_size
@@ -170,10 +160,9 @@ class OnlineRollouts(Hook):
         folder = self.config.paths.online_weights
         parameters_are_current(trainer)
         chunks = [chunk.module for chunk in trainer.model]
-        export_hf(
-            chunks, trainer.spec, trainer.topology, folder, self.config.model.student, overwrite=True
-        )
-        probe = self._from_rank_0(lambda: self._scored_probe(str(folder.resolve()), trainer.iteration))
+        export_hf(chunks, trainer.spec, trainer.topology, folder, self.config.model.student, overwrite=True)
+        version = f"iteration {trainer.iteration}"
+        probe = self._from_rank_0(lambda: self._scored_probe(str(folder.resolve()), version))
         difference = self._difference(trainer, probe)
         self.seconds["sync"] += time.monotonic() - start
         tolerance = self.config.online.sync_tolerance
@@ -186,30 +175,24 @@ class OnlineRollouts(Hook):
                 "has other weights or another dtype than the trainer"
             )
 
-    def _scored_probe(self, folder: str, iteration: int) -> list[Document]:
+    def _scored_probe(self, folder: str, version: str) -> list[Document]:
         """On rank 0: reload, then the same few documents with the log-probs of the server's student."""
         assert self.engines is not None
         student = self.engines.student
-        student.reload(folder, str(iteration))
-        prompts = self.prompts[: self.config.online.sync_documents]
+        student.reload(folder, version)
         requests = [
             GenerationRequest((0, place), prompt.tokens, document_seed(0, prompt.prompt_id))
-            for place, prompt in enumerate(prompts)
+            for place, prompt in enumerate(self.prompts[: self.config.online.sync_documents])
         ]
-        if not self._probe:
-            rollouts = student.generate(requests, self.engines.sampling)
-            self._probe_rollouts = rollouts
-        scores = score(student, requests, self._probe_rollouts, topk=0)
-        self._probe = [
-            document(request.prompt_tokens, rollout, scored)
-            for request, rollout, scored in zip(requests, self._probe_rollouts, scores, strict=True)
-        ]
-        return self._probe
+        self._probe = self._probe or student.generate(requests, self.engines.sampling)
+        return documents_of(requests, self._probe, score(student, requests, self._probe, topk=0))
 
     def _difference(self, trainer: Trainer, probe: list[Document]) -> float:
         """Root mean square of log π_Megatron − log π_vLLM: with the server as teacher it is √(2·k2)."""
-        measured = replace(trainer, loss=self._probe_loss)
-        outputs = run_microbatches(measured, self._pack(probe), forward_only=True)
+        config = self.config.model_copy(update={"loss": LossConfig(objective="lightning_opd")})
+        loss = build_head_loss(config, trainer.spec, trainer.topology)
+        batch = pack(config, trainer, probe)
+        outputs = run_microbatches(replace(trainer, loss=loss), batch, forward_only=True)
         report = finalize_report(pool_reports([output.report for output in outputs], trainer))
         return math.sqrt(2 * report["k2"])
 
@@ -218,13 +201,7 @@ class OnlineRollouts(Hook):
         with self.config.paths.online_log.open("a") as log:
             log.write(json.dumps(line) + "\n")
 
-    def _pack(self, documents: list[Document]) -> StepBatch:
-        trainer = self._trainer
-        dataset = memory_dataset(documents)
-        loader = build_loader(dataset, self.config, trainer.topology, trainer.spec)
-        return loader.pack(np.arange(len(documents)))
-
-    def _from_rank_0(self, make: Any) -> Any:
+    def _from_rank_0(self, make: Callable[[], list[Document]]) -> list[Document]:
         """What `make` returns on rank 0, on all ranks; its UserError is raised on all of them."""
         box: list[Any] = [None, None]
         if self.engines is not None:
@@ -232,11 +209,16 @@ class OnlineRollouts(Hook):
                 box[0] = make()
             except UserError as error:
                 box[1] = str(error)
-        if self._group is not None:
-            dist.broadcast_object_list(box, src=0, group=self._group)
+        dist.broadcast_object_list(box, src=0, group=self._group)
         if box[1] is not None:
             raise UserError(box[1])
         return box[0]
+
+
+def pack(config: RunConfig, trainer: Trainer, documents: list[Document]) -> StepBatch:
+    """One step of these documents, in their order, with the columns that the loss of `config` reads."""
+    loader = build_loader(config, trainer.spec, trainer.topology, memory_dataset(documents))
+    return loader.pack(np.arange(len(documents)))
 
 
 def score(
@@ -254,8 +236,17 @@ def score(
     )
 
 
-def document(prompt: list[int], rollout: Generation, scored: Score) -> Document:
-    """A scored rollout as the columns of a dataset, token-aligned."""
+def documents_of(
+    requests: Sequence[GenerationRequest], rollouts: Sequence[Generation], scores: Sequence[Score]
+) -> list[Document]:
+    """Scored rollouts as the columns of a dataset, token-aligned."""
+    return [
+        _document(request.prompt_tokens, rollout, scored)
+        for request, rollout, scored in zip(requests, rollouts, scores, strict=True)
+    ]
+
+
+def _document(prompt: list[int], rollout: Generation, scored: Score) -> Document:
     before = len(prompt)
 
     def padded(values: np.ndarray, fill: float) -> np.ndarray:

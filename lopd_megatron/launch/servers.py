@@ -123,10 +123,15 @@ class VllmServer:
             time.sleep(0.5)
         say(f"{self.name}: ready after {time.monotonic() - begin:.0f} s")
 
+    @property
+    def is_running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
     def stop(self) -> None:
         """End the server and its engine processes; nothing happens where it has ended."""
-        if self.process is None or self.process.poll() is not None:
+        if not self.is_running:
             return
+        assert self.process is not None
         self.process.terminate()
         try:
             self.process.wait(STOP_S)
