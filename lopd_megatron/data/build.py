@@ -8,22 +8,41 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from lopd_megatron.data.alignment import AlignmentReport, Sample, refuse_misaligned, sample_indices
 from lopd_megatron.data.filters import Filters, select
 from lopd_megatron.data.manifest import Manifest
-from lopd_megatron.data.shards import RolloutBatch, Shard, read_shards
+from lopd_megatron.data.shards import RolloutBatch, read_shards
 from lopd_megatron.data.writer import DatasetWriter, existing_manifest
 from lopd_megatron.errors import UserError
 from lopd_megatron.lineage import Lineage
 from lopd_megatron.progress import progress, say
 from lopd_megatron.records import COLUMNS
+
+
+class Source(Protocol):
+    """A finished file of rollouts: `shards.Shard`, `official.OfficialFile`."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def tokens(self) -> int:
+        """For the progress bar."""
+        ...
+
+    @property
+    def sha256(self) -> str: ...
+
+    def batches(self) -> Iterator[RolloutBatch]: ...
+
 
 Proof = Callable[[list[Sample]], AlignmentReport]
 """Takes a sample of the documents just built; a report that does not hold refuses the dataset."""
@@ -69,76 +88,97 @@ def build_dataset(
     prefix: str | Path,
     *,
     filters: Filters,
-    lineage: Lineage | None = None,
+    proof: Proof | None = None,
+    proof_documents: int = 0,
+    allow_mismatch: str = "",
+) -> Manifest:
+    """The dataset of a folder of finished shards of rollouts or scored rollouts; see `build_from`."""
+    shards = read_shards(folder)
+    lineage = shards[0].lineage
+    if allow_mismatch:
+        lineage = lineage.model_copy(update={"allow_mismatch": allow_mismatch})
+    return build_from(
+        shards, prefix, filters=filters, lineage=lineage, proof=proof, proof_documents=proof_documents
+    )
+
+
+def build_from(
+    sources: Sequence[Source],
+    prefix: str | Path,
+    *,
+    filters: Filters,
+    lineage: Lineage,
     proof: Proof | None = None,
     proof_documents: int = 0,
 ) -> Manifest:
-    """Build the dataset of a folder of finished shards, or return the one that is there already.
+    """Build the dataset of all sources, or return the one that is there already.
 
-    Restart it after a kill: it goes on behind the last finished shard and gives the same bytes. A dataset of
-    other shards at the prefix is refused, never overwritten. `lineage` replaces what the shards say.
+    Restart it after a kill: it goes on behind the last finished source and gives the same bytes. A dataset of
+    other sources or filters at the prefix is refused, never overwritten. Memory: one batch of rows, and 4 bytes
+    a document.
     """
-    shards = read_shards(folder)
-    parents = [hashlib.sha256(" ".join(shard.sha256 for shard in shards).encode()).hexdigest()]
-    full = (lineage or shards[0].lineage).model_copy(update={"parents": parents})
+    parents = [hashlib.sha256(" ".join(source.sha256 for source in sources).encode()).hexdigest()]
     done = existing_manifest(prefix)
     if done is not None:
-        if done.lineage.parents != parents:
-            raise UserError(
-                f"{prefix} was built from other shards than those in {folder} now; "
-                f"delete {prefix}.* or set another run_dir"
-            )
+        if done.lineage.parents != parents or done.filters != filters.as_dict():
+            what = "with other data.* settings" if done.lineage.parents == parents else "from other files"
+            raise UserError(f"{prefix} was built {what}; delete {prefix}.* or set another run_dir")
         say(f"{prefix}: already built, {done.documents} documents")
         return done
-    columns, topk = _columns(shards[0])
-    settings = {"shards": parents, "filters": filters.as_dict()}
+    columns, topk = _columns(sources[0])
+    settings = {"sources": parents, "filters": filters.as_dict()}
     with (
         DatasetWriter(prefix, columns, topk, settings) as writer,
-        progress(sum(shard.tokens for shard in shards), "build", "tok") as bar,
+        progress(sum(source.tokens for source in sources), "build", "tok") as bar,
     ):
-        state = writer.state or {"shards": 0, "dropped": dict.fromkeys(filters.reasons, 0), "kept": {}}
+        state = writer.state or {"sources": 0, "dropped": dict.fromkeys(filters.reasons, 0), "kept": {}}
         if writer.state:
-            say(f"{prefix}: going on behind shard {state['shards']} of {len(shards)}")
+            say(f"{prefix}: going on behind file {state['sources']} of {len(sources)}")
         dropped, kept = Counter(state["dropped"]), Counter(state["kept"])
-        for index, shard in enumerate(shards):
-            if index >= state["shards"]:
-                _append_shard(writer, shard, filters, dropped, kept, topk)
-                writer.save_point({"shards": index + 1, "dropped": dict(dropped), "kept": dict(kept)})
-            bar.update(shard.tokens)
+        for index, source in enumerate(sources):
+            if index >= state["sources"]:
+                _append(writer, source, filters, dropped, kept)
+                writer.save_point({"sources": index + 1, "dropped": dict(dropped), "kept": dict(kept)})
+            bar.update(source.tokens)
         alignment = None
         if proof is not None and proof_documents and writer.documents:
             report = proof(writer.samples(sample_indices(writer.documents, proof_documents)))
-            refuse_misaligned(report, folder)
+            refuse_misaligned(report, sources[0].path.parent)
             alignment = report.as_dict()
-        return writer.commit(full, dropped=dict(dropped), kept=dict(kept), alignment=alignment)
+        return writer.commit(
+            lineage.model_copy(update={"parents": parents}),
+            filters=filters.as_dict(),
+            dropped=dict(dropped),
+            kept=dict(kept),
+            alignment=alignment,
+        )
 
 
-def _columns(shard: Shard) -> tuple[list[str], int]:
+def _columns(source: Source) -> tuple[list[str], int]:
     """Which columns the dataset gets, and k: read off the first rows that have a response."""
-    columns = ["tokens", "loss_mask"]
-    if shard.kind == "scored":
-        columns.append("teacher_logprobs")
-    columns.append("rollout_logprobs")
-    topk = next((batch.topk for batch in shard.batches() if batch.topk), 0)
-    return columns + (["teacher_topk_ids", "teacher_topk_logprobs"] if topk else []), topk
+    batch = next((batch for batch in source.batches() if batch.response_lengths.any()), None)
+    if batch is None:
+        raise UserError(f"{source.path} holds no response at all; look at the stage that wrote it")
+    names = {"tokens", "loss_mask", *batch.logprobs}
+    if batch.topk:
+        names |= {"teacher_topk_ids", "teacher_topk_logprobs"}
+    return [name for name in COLUMNS if name in names], batch.topk
 
 
-def _append_shard(
-    writer: DatasetWriter,
-    shard: Shard,
-    filters: Filters,
-    dropped: Counter[str],
-    kept: Counter[str],
-    topk: int,
+def _append(
+    writer: DatasetWriter, source: Source, filters: Filters, dropped: Counter[str], kept: Counter[str]
 ) -> None:
-    for row, batch in enumerate(shard.batches()):
-        if batch.topk != topk and batch.response_lengths.any():
-            raise UserError(f"{shard.path} has k = {batch.topk} teacher tokens, the first shard has {topk}")
+    row = 0
+    for batch in source.batches():
         chosen = select(batch, filters, dropped, kept)
         try:
+            if batch.topk != writer.topk and batch.response_lengths.any():
+                raise ValueError(f"k = {batch.topk} teacher tokens, the first file has {writer.topk}")
             writer.append(chosen.prompt_lengths + chosen.response_lengths, flat_columns(chosen))
         except ValueError as error:
-            raise UserError(f"{shard.path}, batch {row}: {error}; make the shard again") from None
+            rows = f"rows {row} to {row + len(batch.prompt_lengths) - 1}"
+            raise UserError(f"{source.path}, {rows}: {error}; make the file again") from None
+        row += len(batch.prompt_lengths)
 
 
 def flat_columns(batch: RolloutBatch) -> dict[str, np.ndarray]:
@@ -149,6 +189,7 @@ def flat_columns(batch: RolloutBatch) -> dict[str, np.ndarray]:
     tokens[~is_response] = batch.prompt_tokens
     tokens[is_response] = batch.response_tokens
     columns: dict[str, np.ndarray] = {"tokens": tokens, "loss_mask": is_response.astype(np.uint8)}
+    columns["loss_mask"][is_response] = batch.response_mask
     for name, values in batch.logprobs.items():
         columns[name] = np.zeros(len(is_response), np.float32)
         columns[name][is_response] = values

@@ -34,7 +34,7 @@ class Filters:
 def select(batch: RolloutBatch, filters: Filters, dropped: Counter[str], kept: Counter[str]) -> RolloutBatch:
     """The rows to keep; adds to both counters."""
     verdicts = {
-        "empty": (batch.prompt_lengths == 0) | (batch.response_lengths == 0),
+        "empty": (batch.prompt_lengths == 0) | ~_any(batch, batch.response_mask),
         "too_long": batch.prompt_lengths + batch.response_lengths > filters.seq_length,
         "non_finite": _has_bad_logprob(batch),
         "truncated": batch.is_truncated,
@@ -62,6 +62,7 @@ def _rows(batch: RolloutBatch, keep: np.ndarray) -> RolloutBatch:
         is_truncated=batch.is_truncated[keep],
         prompt_tokens=batch.prompt_tokens[in_prompt],
         response_tokens=batch.response_tokens[in_response],
+        response_mask=batch.response_mask[in_response],
         logprobs={name: values[in_response] for name, values in batch.logprobs.items()},
         topk_ids=batch.topk_ids[in_topk],
         topk_logprobs=batch.topk_logprobs[in_topk],
@@ -75,7 +76,12 @@ def _has_bad_logprob(batch: RolloutBatch) -> np.ndarray:
         bad |= ~are_logprobs(values)
     if batch.topk:
         bad |= ~are_logprobs(batch.topk_logprobs).reshape(-1, batch.topk).all(axis=1)
-    total = np.concatenate([[0], np.cumsum(bad)])
+    return _any(batch, bad)
+
+
+def _any(batch: RolloutBatch, values: np.ndarray) -> np.ndarray:
+    """bool [n]: is one of the response tokens of the row marked?"""
+    total = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
     ends = np.cumsum(batch.response_lengths)
     return total[ends] > total[ends - batch.response_lengths]
 

@@ -36,6 +36,8 @@ class Manifest(BaseModel):
     trained_tokens: int
     lengths: dict[str, list[int]]
     """Histogram of tokens per document: `edges` [m + 1], half open, and `counts` [m]."""
+    filters: dict[str, Any]
+    """`filters.Filters`; empty where a program wrote the documents."""
     dropped: dict[str, int]
     """Why documents were left out."""
     kept: dict[str, int]

@@ -33,6 +33,7 @@ class RolloutBatch:
     is_truncated: np.ndarray  # bool [n]
     prompt_tokens: np.ndarray  # int32 [Σ prompt_lengths]
     response_tokens: np.ndarray  # int32 [Σ response_lengths]
+    response_mask: np.ndarray  # uint8 [Σ response_lengths]; 1 where the token is trained
     logprobs: dict[str, np.ndarray]  # float32 [Σ response_lengths] by column name
     topk: int
     topk_ids: np.ndarray  # int32 [Σ response_lengths · k]
@@ -146,6 +147,7 @@ def _rollout_batch(batch: pa.RecordBatch, path: Path, row: int) -> RolloutBatch:
         truncated,
         prompt_tokens,
         response_tokens,
+        np.ones(len(response_tokens), np.uint8),
         logprobs,
         topk,
         ids,

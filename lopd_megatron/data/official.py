@@ -1,0 +1,108 @@
+"""Reads the Parquet of the official Lightning OPD release (github.com/oldpilluwu/Lightning-OPD).
+
+One row: `prompt` (text or chat messages), `label`, and `metadata` with `response_tokens`, `loss_mask` and
+`teacher_log_probs`, [r] each, and `response` (text, not used). The response is ids already and is kept as it is. The
+prompt is text there, so it is tokenized here with the student's chat template. That format has no rollout
+log-probs and no finish reason: its datasets cannot pass the alignment proof, and their manifests say so.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from lopd_megatron.data.indexed import checked_cast
+from lopd_megatron.data.shards import RolloutBatch
+from lopd_megatron.errors import UserError
+from lopd_megatron.files import sha256_file
+
+PromptTokenizer = Callable[[Any], list[int]]
+"""`prompt` of a row → ids, as the model sees it."""
+
+_BATCH_ROWS = 256
+
+
+@dataclass(frozen=True)
+class OfficialFile:
+    """A `build.Source`."""
+
+    path: Path
+    tokenize: PromptTokenizer
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        return sha256_file(self.path)
+
+    @property
+    def tokens(self) -> int:
+        """Rows: the file does not say how many tokens it has."""
+        return pq.read_metadata(self.path).num_rows
+
+    def batches(self) -> Iterator[RolloutBatch]:
+        row = 0
+        with pq.ParquetFile(self.path) as file:
+            missing = {"prompt", "metadata"} - set(file.schema_arrow.names)
+            if missing:
+                raise UserError(f"{self.path} has no column {min(missing)}; is it a Lightning OPD file?")
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=["prompt", "metadata"]):
+                yield self._batch(batch.to_pylist(), row)
+                row += batch.num_rows
+
+    def _batch(self, rows: Sequence[dict[str, Any]], first: int) -> RolloutBatch:
+        prompts = [np.array(self.tokenize(row["prompt"]), np.int32) for row in rows]
+        fields = {
+            name: [self._field(row, name, dtype, first + i) for i, row in enumerate(rows)]
+            for name, dtype in (
+                ("response_tokens", np.int32),
+                ("loss_mask", np.uint8),
+                ("teacher_log_probs", np.float32),
+            )
+        }
+        for i, (tokens, mask, logprobs) in enumerate(zip(*fields.values(), strict=True)):
+            if not len(tokens) == len(mask) == len(logprobs):
+                raise UserError(
+                    f"{self.path}: row {first + i} has {len(tokens)} response_tokens, {len(mask)} loss_mask "
+                    f"and {len(logprobs)} teacher_log_probs; score it again"
+                )
+        return RolloutBatch(
+            prompt_lengths=np.array([len(prompt) for prompt in prompts], np.int32),
+            response_lengths=np.array([len(tokens) for tokens in fields["response_tokens"]], np.int32),
+            is_truncated=np.zeros(len(rows), bool),
+            prompt_tokens=np.concatenate(prompts),
+            response_tokens=np.concatenate(fields["response_tokens"]),
+            response_mask=np.concatenate(fields["loss_mask"]),
+            logprobs={"teacher_logprobs": np.concatenate(fields["teacher_log_probs"])},
+            topk=0,
+            topk_ids=np.empty(0, np.int32),
+            topk_logprobs=np.empty(0, np.float32),
+        )
+
+    def _field(self, row: dict[str, Any], name: str, dtype: type[np.generic], number: int) -> np.ndarray:
+        value = (row["metadata"] or {}).get(name)
+        if value is None:
+            raise UserError(f"{self.path}: row {number} has no metadata.{name}; score the file first")
+        try:
+            return checked_cast(np.array(value), dtype, name) if value else np.empty(0, dtype)
+        except ValueError as error:
+            raise UserError(f"{self.path}: row {number}: {error}; score the file again") from None
+
+
+def prompt_tokenizer(folder: str | Path) -> PromptTokenizer:
+    """Text as it is; chat messages through the chat template, with a generation prompt."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+    def tokenize(prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            return tokenizer(prompt)["input_ids"]
+        text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    return tokenize
