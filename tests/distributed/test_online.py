@@ -1,4 +1,4 @@
-"""Standard OPD over two pipeline stages: which weights make which rollouts, and the proof of every transfer."""
+"""Standard OPD over two pipeline stages: which weights make which rollouts, and the proof of transfers."""
 
 from __future__ import annotations
 
@@ -99,7 +99,8 @@ def train_online(inputs: str, run_dir: str, overlap: int, topk: int, student: st
     from lopd_megatron.train.state import Hook
 
     class Reports(Hook):
-        seen: list[dict[str, float]] = []
+        def __init__(self) -> None:
+            self.seen: list[dict[str, float]] = []
 
         def after_step(self, trainer: Any, result: Any) -> None:
             self.seen.append(finalize_report(result.report))
@@ -118,7 +119,6 @@ def train_online(inputs: str, run_dir: str, overlap: int, topk: int, student: st
         engines = Engines(kinds[student](config.model.student), scorer, Sampling(1.0, 1.0, 8, ()))
     rollouts = OnlineRollouts(config, prompts, engines)
     reports = Reports()
-    reports.seen = []
     grid.destroy()
     trainer = build_trainer(config, hooks=[rollouts, reports], batches=rollouts)
     try:
