@@ -48,6 +48,7 @@ class Extrapolation:
         if not is_trigger(iteration, self.config.first_trigger):
             return None
         started = time.monotonic()
+        self._publish()  # with overlapped gathers the model may still hold the weights before this step
         self.line.begin()
         self._placed = 0
         found = search(self._score_at, max_k=self.config.max_k, acceptance=self.config.acceptance)

@@ -13,7 +13,6 @@ import torch
 
 from lopd_megatron.config import LossConfig
 from lopd_megatron.effopd.scores import HeldOutSums
-from lopd_megatron.errors import UserError
 from lopd_megatron.loss.fused_head import HeadRows, Objective, fused_head
 from lopd_megatron.loss.objectives import TokenLoss
 from lopd_megatron.loss.selection import select_objective
@@ -27,7 +26,7 @@ HeldOutScore = Literal["topk_kl", "squared_log_ratio"]
 class HeldOutLoss:
     """Stands in for the loss of a run in a forward pass over held-out data and fills `sums`.
 
-    `config` is the loss of the run: its top k (the data's where it has none) and its chunk size.
+    `config` has the top k and the chunk size.
     """
 
     def __init__(
@@ -66,23 +65,13 @@ class HeldOutLoss:
     def _objective(self, tokens: TrainedTokens) -> tuple[torch.Tensor, Objective]:
         if self._score == "squared_log_ratio":
             return tokens.labels[:, None], _squared_log_ratio(tokens)
-        if tokens.teacher_topk_ids is None:
-            raise UserError(
-                "effopd.score=topk_kl needs the column teacher_topk_ids in data.valid_prefixes; "
-                "score them with scoring.topk ≥ 1, or set effopd.score"
-            )
-        topk = self._config.topk or tokens.teacher_topk_ids.size(1)
-        reverse = self._config.model_copy(update={"objective": "topk_reverse_kl", "topk": topk})
+        reverse = self._config.model_copy(update={"objective": "topk_reverse_kl"})
         return select_objective(reverse, tokens)
 
 
 def _squared_log_ratio(tokens: TrainedTokens) -> Objective:
     teacher = tokens.teacher_logprobs
-    if teacher is None:
-        raise UserError(
-            "effopd.score=squared_log_ratio needs the column teacher_logprobs in data.valid_prefixes; "
-            "score them with a teacher"
-        )
+    assert teacher is not None, "the loader refuses held-out data without teacher_logprobs"
 
     def objective(student: torch.Tensor, part: slice) -> TokenLoss:
         gap = student[:, 0] - teacher[part]
