@@ -57,7 +57,9 @@ def write(trainer: Trainer, folder: Path, description: dict[str, Any], *, async_
     if trainer.topology.dp_cp_group.size() > 1:  # every replica writes a part instead of the first one all
         strategy = FullyParallelSaveStrategyWrapper(strategy, trainer.topology.dp_cp_group)
     state = _sharded_state(trainer, description["layout"], is_loading=False)
-    state |= {"config": trainer.config.model_dump(mode="json"), **description}
+    # Under one key: the description has a "model" too, its lineage, which must not replace the weights.
+    state |= {"config": trainer.config.model_dump(mode="json"), "description": description}
+    state |= {name: description[name] for name in ("iteration", "consumed_train_samples")}
     return dist_checkpointing.save(
         state, str(folder), strategy, async_sharded_save=async_save, content_metadata=dict(CONTENT)
     )
