@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 Grade = tuple[str | None, bool]
@@ -10,13 +11,27 @@ Grader = Callable[[str, str, str], Grade]
 
 
 def math_verify(response: str, finish_reason: str, answer: str) -> Grade:
-    """Mathematical equality of the last \\boxed{} (or plain) answer, by the math-verify package."""
+    """Mathematical equality with the last \\boxed{} of the response, or its last number where it has none.
+
+    The answer found is in sympy's form, so that 0.5 and 1/2 are one vote. Uses the math-verify package, whose
+    time limits need the main thread.
+    """
     from math_verify import parse, verify
 
-    found = parse(response, parsing_timeout=None)
-    gold = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
-    correct = bool(found) and bool(verify(gold, found, timeout_seconds=None))
-    return (str(found[-1]) if found else None), correct
+    found = parse(last_boxed(response) or response)
+    gold = parse(f"\\boxed{{{answer}}}")
+    return (str(found[0]) if found else None), bool(found) and bool(verify(gold, found))
+
+
+def last_boxed(text: str) -> str | None:
+    """The last \\boxed{...} whose braces are closed."""
+    for match in reversed(list(re.finditer(r"\\boxed\{", text))):
+        depth = 1
+        for end in range(match.end(), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if depth == 0:
+                return text[match.start() : end + 1]
+    return None
 
 
 def exact(response: str, finish_reason: str, answer: str) -> Grade:

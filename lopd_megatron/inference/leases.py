@@ -1,6 +1,6 @@
 """Which worker makes which shard, over a shared folder and nothing else.
 
-A lease is a file, `shard-00003.lease`, created exclusively; its age is the time since its holder last showed
+A lease is a file, `shard-00003.lease`; its age is the time since its holder last showed
 progress. A lease that is too old, or whose process on this machine is gone, may be taken by anyone. Two
 workers that take one lease at the same instant both make the shard: it comes out the same, so leases save
 work and are not needed for correctness.
@@ -37,12 +37,15 @@ class Leases:
         path = self.path(index)
         if self._is_abandoned(path):
             path.unlink(missing_ok=True)
+        # A hard link is exclusive on NFS too, and the lease appears with its content.
+        whole = self.folder / f".lease-{self._owner['id']}"
+        whole.write_text(json.dumps(self._owner))
         try:
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            os.link(whole, path)
         except FileExistsError:
             return False
-        with os.fdopen(descriptor, "w") as handle:
-            json.dump(self._owner, handle)
+        finally:
+            whole.unlink()
         self._held.add(index)
         return True
 
@@ -64,14 +67,17 @@ class Leases:
         for index in list(self._held):
             self.release(index)
 
+    def clear(self) -> None:
+        """Remove what killed workers left; only when every shard is finished."""
+        for path in self.folder.glob("shard-*.lease"):
+            path.unlink(missing_ok=True)
+
     def _is_abandoned(self, path: Path) -> bool:
         try:
             age = self._file_time() - path.stat().st_mtime
             owner = json.loads(path.read_text())
         except FileNotFoundError:
             return False
-        except json.JSONDecodeError:  # created, but not written yet, or its writer was killed in between
-            return age > self.seconds
         if owner["host"] == self._owner["host"] and not _is_alive(owner["pid"]):
             return True
         return age > self.seconds

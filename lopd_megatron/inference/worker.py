@@ -124,6 +124,7 @@ class Worker:
                         time.sleep(POLL_SECONDS)  # others hold the rest; their leases may yet expire
         finally:
             self.leases.release_all()
+        self.leases.clear()
         return sum(manifest["failed"] for manifest in shards.manifests(self.folder, self.num_shards))
 
     def _feed(self) -> Iterator[Any]:
