@@ -19,5 +19,6 @@ RUN pip install --no-cache-dir --no-build-isolation . \
  && python -m venv /opt/rollout \
  && /opt/rollout/bin/pip install --no-cache-dir ".[gpu]"
 
+# hadolint ignore=DL3064
 ENV CUDA_DEVICE_MAX_CONNECTIONS=1 \
     TOKENIZERS_PARALLELISM=false
