@@ -12,6 +12,7 @@ import pytest
 from tests.slurm.lab import SlurmLab, missing
 
 ROOT = Path(__file__).resolve().parents[2]
+RECIPE = "tests/slurm/recipe.py:opd"
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +49,55 @@ def submit(lab: SlurmLab, tmp_path: Path) -> Submit:
         return result.stdout.strip()
 
     return call
+
+
+@pytest.fixture(scope="session")
+def tiny(lab: SlurmLab, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny task; the recipe in recipe.py writes below it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    lab.env["LOPD_TINY"] = str(folder)
+    sizes = [
+        f"--{name}-{kind}={count}"
+        for name, kind, count in (
+            ("teacher", "samples", 64),
+            ("base", "samples", 64),
+            ("sft", "prompts", 4),
+            ("opd", "prompts", 16),
+        )
+    ]
+    make = ["python", "tools/make_tiny_task.py", f"--output={folder}/task", "--problems=4", *sizes]
+    lab.run(make, cwd=ROOT, timeout_s=300)
+    return folder
+
+
+Chain = dict[str, dict[str, str]]
+
+
+@pytest.fixture(scope="session")
+def chain(lab: SlurmLab, tiny: Path) -> Chain:
+    """The tiny chain, run once by slurm/pipeline.sh: stage → record of its job."""
+    submitted = lab.run(
+        ["slurm/pipeline.sh", "--recipe", RECIPE],
+        cwd=ROOT,
+        env={"LOPD_HEALTH_CHECK": "1"},
+        timeout_s=300,
+    )
+    jobs = dict(line.split() for line in submitted.stdout.splitlines() if line.startswith("opd-"))
+    return {name.removeprefix("opd-"): lab.wait(job, 900) for name, job in jobs.items()}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def time_limited(lab: SlurmLab, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """(job, folder) of a job with a limit of one minute, which is Slurm's least, and 45 s of work.
+
+    Submitted first and looked at last (test_time_limit.py), since all it does is wait.
+    """
+    folder = tmp_path_factory.mktemp("limit")
+    program = Path(__file__).with_name("slow_trainer.py")
+    options = ("--time=1", "--signal=B:USR1@50", "--nodelist=n1", f"--output={folder}/batch.log")
+    environment = {"LOPD_LOGS": f"{folder}/logs", "LOPD_MAX_RETRIES": "0"}
+    batch = ["sbatch", "--parsable", *options, "slurm/train.sbatch", "python", str(program), str(folder)]
+    return lab.run(batch, cwd=ROOT, env=environment).stdout.strip(), folder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
