@@ -94,7 +94,7 @@ def student_spec(source: str | Path | dict[str, Any], config: RunConfig) -> Stud
         **_moe(hf, config),
         **_execution(config, attention),
     }
-    _check_divisibility(arguments, hf, config.parallel)
+    _check_layout(arguments, hf, config.parallel, attention)
     tp = config.parallel.tensor_model_parallel_size
     return StudentSpec(
         transformer_config=TransformerConfig(**arguments),
@@ -271,7 +271,9 @@ def _execution(config: RunConfig, attention: str) -> dict[str, Any]:
     }
 
 
-def _check_divisibility(arguments: dict[str, Any], hf: dict[str, Any], parallel: ParallelConfig) -> None:
+def _check_layout(
+    arguments: dict[str, Any], hf: dict[str, Any], parallel: ParallelConfig, attention: str
+) -> None:
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     stages = pp * (parallel.virtual_pipeline_model_parallel_size or 1)
     ep, experts = parallel.expert_model_parallel_size, num_experts(hf)
@@ -292,5 +294,18 @@ def _check_divisibility(arguments: dict[str, Any], hf: dict[str, Any], parallel:
         )
     if ep > 1 and not experts:
         raise UserError(f"expert_model_parallel_size {ep} on a dense model; set it to 1")
+    etp = parallel.expert_tensor_parallel_size
+    if experts and ep == 1 and etp != tp:
+        # Megatron-Core reduces expert gradients like dense ones when EP is 1: with other expert TP they would
+        # miss the tokens of the other tensor-parallel ranks, silently (measured: 140 % off).
+        raise UserError(
+            f"expert_model_parallel_size 1 needs expert_tensor_parallel_size = tensor_model_parallel_size "
+            f"({etp} ≠ {tp}); set it to {tp} or use expert_model_parallel_size ≥ 2"
+        )
+    if attention == "varlen" and parallel.context_parallel_size > 1:
+        raise UserError(
+            f"model.attention=varlen has no context parallelism (context_parallel_size "
+            f"{parallel.context_parallel_size}); use transformer_engine, or sdpa for a test"
+        )
     if experts and tp > 1 and not parallel.sequence_parallel:
         raise UserError("a mixture of experts with tensor parallelism needs parallel.sequence_parallel=true")
