@@ -8,8 +8,6 @@ the time limit after saving (start the same command again), 2 wrong input, 1 any
 
 from __future__ import annotations
 
-import warnings
-
 from lopd_megatron import cli
 from lopd_megatron.train.abort import run_rank
 
@@ -20,9 +18,6 @@ def main() -> int:
         paths = config.paths
         reads = [config.model.student, *config.dataset_prefixes, *config.data.valid_prefixes]
         return cli.dry_run(config, reads, [paths.checkpoints, paths.metrics, paths.config])
-    # Megatron-Core says on every rank and in many places that optional packages are absent and that it
-    # calls deprecated functions of torch; the run's own messages would drown in it.
-    warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
     from lopd_megatron.parallel import prepare_megatron
 
     prepare_megatron()

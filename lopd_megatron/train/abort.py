@@ -6,6 +6,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 
 from lopd_megatron.errors import EXIT_USER_ERROR, UserError
@@ -22,6 +23,9 @@ def run_rank(main: Callable[[], int]) -> None:
     its traceback. The process leaves without clean-up, which could block on a peer.
     """
     rank = launch_rank()
+    # Megatron-Core says on every rank and in many places that optional packages are absent and that it
+    # calls deprecated functions of torch; the run's own messages would drown in it.
+    warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
     code = 1
     try:
         code = main()

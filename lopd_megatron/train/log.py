@@ -62,10 +62,10 @@ class LogHook(Hook):
 
     def _metrics(self, trainer: Trainer) -> dict[str, float]:
         """Every rank's part is pooled by two small all-reduces."""
-        pooled = {
-            name: torch.stack([result.report[name] for result in self.results]).sum(0)
-            for name in self.results[0].report
-        }
+        pooled: dict[str, torch.Tensor] = {}
+        for result in self.results:
+            for name, pair in result.report.items():  # a hook may add pairs to some steps only
+                pooled[name] = pooled.get(name, torch.zeros_like(pair)) + pair
         seconds = sum(result.seconds for result in self.results)
         tokens = sum(result.num_tokens for result in self.results)
         world_size = trainer.topology.world_size
