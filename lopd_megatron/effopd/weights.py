@@ -54,8 +54,8 @@ class WeightLine:
             elif multiplier == -1:
                 shard.main.copy_(accepted)
             else:
-                # Three operations with a rounding each. `lerp` or `add(alpha=)` may fuse two of them in the
-                # vector loop and not in its tail, and which element is in the tail depends on the layout.
+                # Three operations with a rounding each: a fused kernel such as `lerp` is free to round
+                # otherwise at the end of a tensor, and where a tensor ends depends on the layout.
                 point = current.to(shard.main.device)
                 delta = point - accepted.to(shard.main.device)
                 shard.main.copy_(delta.mul_(multiplier).add_(point))

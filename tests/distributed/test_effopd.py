@@ -201,6 +201,32 @@ def test_resume_is_exact_and_the_layout_may_change(inputs: Path, tmp_path: Path)
         assert taken["score"]["standard_error"] > 0
 
 
+def reset_adam(inputs: str, run_dir: str) -> list[float]:
+    """Share of weights that the step after two steps moves by lr: with moments kept, with moments reset."""
+    from lopd_megatron.effopd.optimizer_shards import collect_shards, reset_moments
+
+    found = []
+    for reset in (False, True):
+        settings = {"optimizer__lr_decay_style": "constant", "optimizer__weight_decay": 0.0}
+        trainer = tiny_trainer(tiny_config(Path(inputs), Path(run_dir), **settings))
+        advance(trainer, 2)
+        if reset:
+            reset_moments(trainer.optimizer)
+        shards = collect_shards(trainer.model, trainer.optimizer, "attention_mlp")
+        before = [shard.main.detach().clone() for shard in shards]
+        advance(trainer, 1)
+        moved = torch.cat([(s.main.detach() - b).abs() for s, b in zip(shards, before, strict=True)])
+        found.append(float(((moved / trainer.config.optimizer.lr - 1).abs() < 0.01).float().mean()))
+    return found
+
+
+def test_adam_starts_anew_after_a_reset(inputs: Path, tmp_path: Path) -> None:
+    """The first step of Adam is lr·sign(g); with moments of three gradients it is not."""
+    ((kept, reset),) = run_world(reset_adam, 1, str(inputs), str(tmp_path))
+    assert reset > 0.95  # the rest has gradients near Adam's ε
+    assert kept < 0.5
+
+
 def resume_without_state(inputs: str, run_dir: str) -> str:
     """A checkpoint of a run without EffOPD, resumed with it."""
     from lopd_megatron.errors import UserError

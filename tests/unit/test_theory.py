@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from lopd_megatron.loss import objectives
+
 VOCAB, LENGTH = 4, 3
 DTYPE = torch.float64
 
@@ -32,13 +34,7 @@ def descend(
 
 
 def lightning(clip: float | None) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    def token_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        advantages = (teacher - student).detach()
-        if clip is not None:
-            advantages = advantages.clamp(-clip, clip)
-        return -advantages * student
-
-    return token_loss
+    return lambda student, teacher: objectives.lightning_opd(student, teacher, clip).loss
 
 
 def random_logprobs(seed: int, spread: float = 1.5) -> torch.Tensor:
