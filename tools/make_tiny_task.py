@@ -5,6 +5,7 @@
     tokenizer files                in every model folder
     teacher_init/ student_init/    random Qwen3 models, Hugging Face format
     gold/{teacher,base}.*          datasets: right solutions in style A; half-right ones in both styles
+    gold/teacher_{b,hard_b,soft}.* with --all-teachers: right solutions in other styles
     prompts/{sft,opd}.jsonl        prompts without solutions
     problems/{valid,test}.jsonl    held-out problems with answers
 All splits are disjoint and follow from the seed.
@@ -18,14 +19,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from lopd_megatron.data.build import Document, write_dataset
 
+from lopd_megatron.data.build import Document, write_dataset
 from lopd_megatron.errors import run_program
 from lopd_megatron.files import atomic_path, write_json
 from lopd_megatron.progress import say
 from recipes import tiny_task as task
 
 STYLE_A, STYLE_BOTH = 0.9, 0.5
+OTHER_TEACHERS = {"teacher_b": 0.1, "teacher_hard_b": 0.0, "teacher_soft": 0.5}
+"""Their probability of style A."""
 CORRUPTED_SHARE = 0.32
 TEACHER = {"hidden_size": 64, "intermediate_size": 192}
 STUDENT = {"hidden_size": 48, "intermediate_size": 144}
@@ -42,6 +45,7 @@ def main() -> int:
     arguments.add_argument("--sft-prompts", type=int, default=100)
     arguments.add_argument("--opd-prompts", type=int, default=2_000)
     arguments.add_argument("--problems", type=int, default=512)
+    arguments.add_argument("--all-teachers", action="store_true", help="also what the study's teachers learn")
     arguments.add_argument("--dry-run", action="store_true")
     args = arguments.parse_args()
     settings = {k: v for k, v in vars(args).items() if k not in ("output", "dry_run")}
@@ -76,6 +80,10 @@ def make(args: argparse.Namespace) -> None:
         solutions = task.solution_tokens(problems, style, rng, corruption if name == "base" else None)
         prompts = task.prompt_tokens(problems)
         write_dataset(out / "gold" / name, documents(prompts, solutions))
+    for name, style in OTHER_TEACHERS.items() if args.all_teachers else ():
+        problems = task.sample_problems(args.teacher_samples, rng, taken)
+        solutions = task.solution_tokens(problems, style, rng)
+        write_dataset(out / "gold" / name, documents(task.prompt_tokens(problems), solutions))
     say("tiny task: random models")
     for name, shape in (("teacher_init", TEACHER), ("student_init", STUDENT)):
         save_random_model(out / name, shape, args.seed)

@@ -1,0 +1,204 @@
+"""A study: cells that are trained one after another on a workbench and measured alike."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lopd_megatron.config import RunConfig
+from lopd_megatron.effopd.hook import EffOPDHook
+from lopd_megatron.effopd.search import Score
+from lopd_megatron.files import write_json
+from lopd_megatron.inference.evaluation import read_problems
+from lopd_megatron.inference.prompts import Template, load_tokenizer
+from lopd_megatron.launch.effopd import HeldOutForward
+from lopd_megatron.launch.online import Prompt
+from lopd_megatron.launch.workbench import Curve, Problem, Workbench, export, mean_and_error, train
+from lopd_megatron.train.metrics import read_metrics
+from lopd_megatron.train.state import Hook, Trainer
+
+CURVE_ITERATIONS = (5, 10, 25, 50, 75, 100, 125, 150)
+CURVE_PROBLEMS = 256
+EFFOPD_PROBLEMS = 50
+"""As in the paper (arXiv 2605.11739, 4.1): one answer each at temperature 1."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """A dataset of rollouts: who answers, who scores (None: SFT), which prompts."""
+
+    name: str
+    generator: str
+    teacher: str | None
+    prompts: str
+    samples: int = 1
+    max_prompts: int | None = None
+    topk: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """One training run. `data` None: standard OPD on `prompts`."""
+
+    config: RunConfig
+    data: Data | None
+    prompts: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of a study: runs that follow each other, measured against `teacher` at the end."""
+
+    name: str
+    group: str
+    parts: tuple[Part, ...]
+    teacher: str
+    needs: tuple[str, ...] = ()
+    """Cells that must be done before."""
+    teachers: tuple[str, ...] = ("teacher",)
+    """Teachers that must have been trained."""
+
+    @property
+    def result_path(self) -> Path:
+        return self.parts[-1].config.paths.run_dir / "result.json"
+
+
+class StudyRunner:
+    """Runs cells of one seed on one workbench. `held_out` is made when a score of EffOPD asks for it."""
+
+    def __init__(self, root: Path, seed: int, held_out: Data, valid: str, test: str) -> None:
+        self.root = root
+        self.seed = seed
+        self.held_out = held_out
+        self._files = {"valid": valid, "test": test}
+        self._problems: dict[str, list[Problem]] = {}
+        self._bench: Workbench | None = None
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """Train and measure; what result.json holds."""
+        config = cell.parts[-1].config
+        bench = self._open(config)
+        result: dict[str, Any] = {
+            "cell": cell.name,
+            "group": cell.group,
+            "seed": self.seed,
+            "seconds": {},
+            "curve": [],
+            "effopd": [],
+            "load": os.getloadavg()[0],
+        }
+        done = 0
+        for part in cell.parts:
+            self._run_part(bench, part, result, done)
+            done += part.config.train.train_iters
+        folder = str(config.paths.hf)
+        for split in ("valid", "test"):
+            grader = config.evaluation.grader
+            result[split] = bench.measure(folder, cell.teacher, self._split(split, config), grader=grader)
+        result["config"] = config.model_dump(mode="json")
+        return result
+
+    def _run_part(self, bench: Workbench, part: Part, result: dict[str, Any], done: int) -> None:
+        """One run; adds to the seconds and the curve of `result`, whose iterations go on from `done`."""
+        config, seconds = part.config.model_copy(deep=True), result["seconds"]
+        if part.data is not None:
+            config.data.prefixes = [str(self._prefix(part.data))]
+            for stage, spent in self._dataset(bench, part.data, config.rollout.seed).items():
+                seconds[stage] = seconds.get(stage, 0.0) + spent
+        problems = self._split("valid", config)[:CURVE_PROBLEMS]
+
+        def measure(folder: str) -> dict[str, float]:
+            correct, _, _ = bench.accuracy(folder, problems, grader=config.evaluation.grader, temperature=0.0)
+            return mean_and_error(correct)
+
+        wanted = [i - done for i in CURVE_ITERATIONS if i > done]
+        curve = Curve(wanted, measure, spent=sum(seconds.values()))
+        online = None if part.data else bench.online(config, self._prompts(part.prompts, config))
+        effopd = self._effopd(bench, config)
+        # The curve sees what EffOPD accepted, and its clock runs while online rollouts and transfers do.
+        hooks: list[Hook] = [*effopd, curve, *([online] if online else [])]
+        train(config, hooks=hooks, batches=online)
+        result["curve"] += [{**point, "iteration": point["iteration"] + done} for point in curve.points]
+        inside = online.seconds if online else {}
+        for stage, spent in {**inside, "train": curve.total - sum(inside.values())}.items():
+            seconds[stage] = seconds.get(stage, 0.0) + spent
+        for hook in effopd:
+            result["effopd"] += hook.extrapolation.history
+        result["metrics"] = read_metrics(config.paths.metrics)
+
+    def _effopd(self, bench: Workbench, config: RunConfig) -> list[Any]:
+        if not config.effopd.enabled:
+            return []
+        if config.effopd.score == "accuracy":
+            return [EffOPDHook(config.effopd, SampledAccuracy(bench, self._split("valid", config)))]
+        self._dataset(bench, self.held_out, config.rollout.seed)
+        config.data.valid_prefixes = [str(self._prefix(self.held_out))]
+        return [EffOPDHook(config.effopd, HeldOutForward(config))]
+
+    def _dataset(self, bench: Workbench, data: Data, seed: int) -> dict[str, float]:
+        """Make the dataset unless it is there; the seconds it once took."""
+        cost = Path(f"{self._prefix(data)}.seconds.json")
+        if not cost.exists():
+            prompts = self._prompts(data.prompts, None)[: data.max_prompts]
+            spent = bench.write_dataset(
+                self._prefix(data),
+                data.generator,
+                data.teacher,
+                prompts,
+                seed=seed,
+                samples=data.samples,
+                topk=data.topk,
+            )
+            write_json(cost, spent)
+        return json.loads(cost.read_text())
+
+    def _prefix(self, data: Data) -> Path:
+        return self.root / "data" / data.name
+
+    def _open(self, config: RunConfig) -> Workbench:
+        if self._bench is None:
+            self._config = config
+            self._bench = Workbench(config.evaluation.engine, config.evaluation.max_response_tokens)
+        return self._bench
+
+    def _split(self, name: str, config: RunConfig) -> list[Problem]:
+        if name not in self._problems:
+            self._problems[name] = self._read(self._files[name], config)
+        return self._problems[name]
+
+    def _prompts(self, file: str, config: RunConfig | None) -> list[Prompt]:
+        return [problem.prompt for problem in self._read(file, config or self._config)]
+
+    def _read(self, file: str, config: RunConfig) -> list[Problem]:
+        tokenizer = load_tokenizer(config.model.student)
+        template = Template(tokenizer, config.prompts.apply_chat_template, config.prompts.enable_thinking)
+        section = config.evaluation.model_copy(update={"input": [file]})
+        rows = read_problems(section, template)
+        return [Problem(Prompt(row["prompt_id"], row["prompt_tokens"]), row["answer"]) for row in rows]
+
+
+class SampledAccuracy:
+    """EffOPD's score of the paper: one sampled answer to each of 50 validation problems."""
+
+    def __init__(self, bench: Workbench, problems: Sequence[Problem]) -> None:
+        self._bench = bench
+        self._problems = problems[:EFFOPD_PROBLEMS]
+
+    def __call__(self, trainer: Trainer) -> Score:
+        config = trainer.config
+        folder = config.paths.run_dir / "candidate"
+        export(trainer, folder)
+        correct, _, _ = self._bench.accuracy(
+            str(folder),
+            self._problems,
+            grader=config.evaluation.grader,
+            temperature=1.0,
+            seed=int(time.monotonic_ns() % 2**31),
+        )
+        found = mean_and_error(correct)
+        return Score(found["value"], found["standard_error"], len(correct))
