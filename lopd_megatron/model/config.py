@@ -259,9 +259,10 @@ def _execution(config: RunConfig, attention: str) -> dict[str, Any]:
         "perform_initialization": False,
         "batch_p2p_comm": False,
         "cp_comm_type": "all_gather",
-        # These kernels need apex or Transformer Engine, or compile for seconds at the first step.
+        # SwiGLU as one autograd function: it keeps its input and not what is computed on the way.
+        "bias_activation_fusion": True,
+        # These kernels need apex or Transformer Engine.
         "gradient_accumulation_fusion": False,
-        "bias_activation_fusion": te,
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,

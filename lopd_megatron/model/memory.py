@@ -169,7 +169,7 @@ def layer_activations(spec: StudentSpec, tokens: int, *, moe: bool, modules: fro
     if moe:
         width += 0 if "moe" in modules else _moe_width(spec)
     elif "mlp" not in modules:
-        width += _mlp_width(spec, config.ffn_hidden_size) / tp
+        width += 3 * config.ffn_hidden_size / tp  # gate, up and the product
     norms = 2 * hidden * (element if recomputed_norms else _norm_bytes(spec))
     if config.qk_layernorm:
         norms += (8 * query + (4 if element == 4 else 8) * kv) if by_parts else query * element
@@ -182,22 +182,13 @@ def _norm_bytes(spec: StudentSpec) -> int:
     return 8 if spec.attention == "sdpa" else spec.transformer_config.params_dtype.itemsize
 
 
-def _mlp_width(spec: StudentSpec, ffn: int) -> float:
-    """Gate and up (2), and the product (1); unfused also SiLU of the gate and a copy of up."""
-    return (3 if spec.attention == "transformer_engine" else 5) * ffn
-
-
 def _moe_width(spec: StudentSpec) -> float:
-    """Elements per token of a mixture layer under balanced routing: each token's copies and their MLPs.
-
-    The product is kept once more, weighted with the router's probability.
-    """
+    """Elements per token of a mixture layer under balanced routing: each token's copies and their MLPs."""
     config = spec.transformer_config
     tp = config.tensor_model_parallel_size if config.sequence_parallel else 1
     etp = config.expert_tensor_parallel_size
     copies = config.moe_router_topk * etp / tp
-    mlp = _mlp_width(spec, config.moe_ffn_hidden_size) + config.moe_ffn_hidden_size
-    return copies * (config.hidden_size + mlp / etp)
+    return copies * (config.hidden_size + 3 * config.moe_ffn_hidden_size / etp)
 
 
 def _activations(spec: StudentSpec, config: RunConfig, world_size: int, pp_rank: int) -> tuple[float, float]:

@@ -29,6 +29,7 @@ def install() -> None:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     _patch_tensor()
     _patch_torch_cuda()
+    _import_megatron_uncompiled()
     _patch_megatron()
 
 
@@ -87,6 +88,18 @@ def _patch_torch_cuda() -> None:
     cuda.manual_seed = lambda seed: torch.manual_seed(seed)
     # torch.manual_seed itself calls this one: it must not call back.
     cuda.manual_seed_all = lambda seed: None
+
+
+def _import_megatron_uncompiled() -> None:
+    """Megatron-Core decorates its element-wise functions with torch.compile as it is imported.
+
+    On a CPU the compilation takes longer than any test, so the functions stay what they are.
+    """
+    stock, torch.compile = torch.compile, lambda function: function
+    try:
+        import megatron.core  # noqa: F401
+    finally:
+        torch.compile = stock
 
 
 def _patch_megatron() -> None:

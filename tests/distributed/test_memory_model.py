@@ -170,7 +170,9 @@ def measure_all(cases: list[tuple[dict, dict[str, Any]]]) -> list[tuple[float, f
 def test_prediction_is_within_ten_percent() -> None:
     """On a CPU, where norms run by parts; `experts` route as random weights do, not evenly."""
     results = run_world(measure_all, 1, list(CASES.values()))[0]
-    sharded = run_world(measure_all, 2, [(DENSE, TP2), (MOE, TP2 | {"parallel.expert_model_parallel_size": 2})])[0]
+    sharded = run_world(
+        measure_all, 2, [(DENSE, TP2), (MOE, TP2 | {"parallel.expert_model_parallel_size": 2})]
+    )[0]
     names = [*CASES, "tp2", "tp2 experts"]
     for name, (predicted, measured) in zip(names, results + sharded, strict=True):
         print(f"{name:30s} predicted {predicted / 1e6:7.2f} MB  measured {measured / 1e6:7.2f} MB")
