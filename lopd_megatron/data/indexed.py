@@ -61,7 +61,7 @@ def open_column(prefix: str, dtype: type[np.generic]) -> IndexedColumn:
     size = values_path.stat().st_size if values_path.is_file() else -1
     if size != expected:
         found = f"has {size} bytes" if size >= 0 else "does not exist"
-        raise UserError(f"{values_path} {found}, its index asks for {expected}; build the dataset again")
+        raise UserError(f"{index_path} asks for {expected} bytes, {values_path} {found}; build it again")
     # A plain array over the map: slicing a np.memmap costs five times as much.
     values = np.asarray(np.memmap(values_path, dtype, mode="r")) if size else np.empty(0, dtype)
     return IndexedColumn(values, lengths)

@@ -1,9 +1,9 @@
 """Reads the Parquet of the official Lightning OPD release (github.com/oldpilluwu/Lightning-OPD).
 
 One row: `prompt` (text or chat messages), `label`, and `metadata` with `response_tokens`, `loss_mask` and
-`teacher_log_probs`, [r] each, and `response` (text, not used). The response is ids already and is kept as it is. The
-prompt is text there, so it is tokenized here with the student's chat template. That format has no rollout
-log-probs and no finish reason: its datasets cannot pass the alignment proof, and their manifests say so.
+`teacher_log_probs`, [r] each, and `response` (text, not used). The response is ids already and is kept as it
+is. The prompt is text there, so it is tokenized here with the student's chat template. That format has no
+rollout log-probs and no finish reason: its datasets cannot pass the alignment proof; their manifests say so.
 """
 
 from __future__ import annotations

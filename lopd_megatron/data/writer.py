@@ -32,6 +32,7 @@ from lopd_megatron.records import COLUMNS, SCHEMA_VERSION
 
 _LENGTHS = "lengths.raw"
 _STATE = "state.json"
+_LOCK = "lock"
 _MANIFEST = "manifest.json"
 _SUFFIXES = ("bin", "idx")
 
@@ -61,7 +62,7 @@ class DatasetWriter:
     def __enter__(self) -> DatasetWriter:
         with explained(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / "lock").open("w")
+            self._lock = (self.folder / _LOCK).open("w")
             self._take_lock()
             saved = self._read_saved()
             if not saved:
@@ -242,15 +243,18 @@ class DatasetWriter:
 
     def _empty_folder(self) -> None:
         for path in self.folder.iterdir():
-            if path.name != "lock":
+            if path.name != _LOCK:
                 path.unlink()
 
 
 def finish_interrupted_commit(prefix: str | Path) -> None:
     """Complete a commit that was killed while its files were moved into place."""
-    if (building_folder(prefix) / _MANIFEST).is_file():
-        with explained(building_folder(prefix)):
+    folder = building_folder(prefix)
+    with explained(folder):
+        if (folder / _MANIFEST).is_file():
             _move_into_place(str(prefix))
+        elif manifest_path(prefix).is_file() and folder.is_dir() and set(os.listdir(folder)) <= {_LOCK}:
+            shutil.rmtree(folder)
 
 
 def _move_into_place(prefix: str) -> None:
@@ -263,6 +267,8 @@ def _move_into_place(prefix: str) -> None:
         if (folder / name).exists():
             os.replace(folder / name, f"{prefix}.{name}")
     fsync_path(final.parent)
+    for name in (_STATE, _LENGTHS):
+        (folder / name).unlink(missing_ok=True)
     os.replace(folder / _MANIFEST, final)
     fsync_path(final.parent)
     shutil.rmtree(folder)
@@ -297,6 +303,7 @@ def explained(path: Path) -> Iterator[None]:
         fixes = {
             errno.ENOSPC: "free space on the disk and start the same command again; what is done is kept",
             errno.EDQUOT: "free some of your quota and start the same command again; what is done is kept",
+            errno.EFBIG: "raise the limit on file sizes (ulimit -f) and start the same command again",
             errno.EROFS: "the file system is read-only: set another run_dir",
             errno.EACCES: "you may not write there: set another run_dir",
             errno.EPERM: "you may not write there: set another run_dir",

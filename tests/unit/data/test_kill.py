@@ -1,0 +1,86 @@
+"""kill −9 during a build: a rerun gives the bytes of an undisturbed build, and no reader sees half a dataset."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lopd_megatron.data.build import build_dataset
+from lopd_megatron.data.filters import Filters
+from lopd_megatron.data.manifest import manifest_path
+from lopd_megatron.data.store import open_dataset
+from tests.unit.data.samples import files_of, forked, random_rows, write_shards
+
+# File-system events that Python announces to audit hooks; writes between two of them leave the same files.
+EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.mkdir"}
+
+
+def build(source: Path, prefix: Path) -> None:
+    build_dataset(source, prefix, filters=Filters(40))
+
+
+def build_and_die(source: Path, prefix: Path, last_event: int | None, report: Path | None = None) -> None:
+    """Build in this process and kill −9 it in the middle of file-system event number `last_event`."""
+    seen = 0
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal seen
+        if event in EVENTS and str(prefix.parent) in str(arguments[0]):
+            seen += 1
+            if seen == last_event:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    build(source, prefix)
+    if report is not None:
+        report.write_text(str(seen))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = np.random.default_rng(0)
+    return write_shards(
+        tmp_path_factory.mktemp("source") / "scored", [random_rows(rng, 12, f"{i}-") for i in range(3)]
+    )
+
+
+def new_prefix(folder: Path) -> Path:
+    folder.mkdir()
+    return folder / "x"
+
+
+def assert_resumes(source: Path, prefix: Path, expected: dict[str, bytes]) -> None:
+    if manifest_path(prefix).exists():
+        open_dataset([prefix]).verify()
+    build(source, prefix)
+    assert files_of(prefix) == expected
+    assert not Path(f"{prefix}.building").exists()
+
+
+def test_killed_at_every_file_system_event(source: Path, ram_path: Path) -> None:
+    report = ram_path / "events"
+    whole = new_prefix(ram_path / "whole")
+    assert forked(lambda: build_and_die(source, whole, None, report)) == 0
+    expected, events = files_of(whole), int(report.read_text())
+    assert events >= 50
+    for event in range(1, events + 1):
+        prefix = new_prefix(ram_path / str(event))
+        assert forked(lambda p=prefix, e=event: build_and_die(source, p, e)) == -signal.SIGKILL
+        assert_resumes(source, prefix, expected)
+
+
+def test_killed_twice_at_random_moments(source: Path, ram_path: Path) -> None:
+    whole = new_prefix(ram_path / "whole")
+    start = time.perf_counter()
+    assert forked(lambda: build(source, whole)) == 0
+    duration = time.perf_counter() - start
+    rng = np.random.default_rng(0)
+    for trial in range(20):
+        prefix = new_prefix(ram_path / str(trial))
+        for _ in range(2):
+            forked(lambda p=prefix: build(source, p), kill_after=float(rng.uniform(0, duration)))
+        assert_resumes(source, prefix, files_of(whole))
