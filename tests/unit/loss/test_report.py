@@ -1,0 +1,164 @@
+"""Pairs pool exactly however a batch is cut; the right column is asked for by name."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lopd_megatron.config import LossConfig
+from lopd_megatron.errors import UserError
+from lopd_megatron.loss import build_loss, finalize_report
+from lopd_megatron.loss.trained_tokens import TrainedTokens
+from lopd_megatron.parallel.vocab import VocabRange
+from lopd_megatron.records import MicroBatch
+from tests.unit.loss.dense import dense_loss, random_batch
+
+V, H = 37, 12
+PER_TOKEN = (
+    "labels",
+    "loss_mask",
+    "position_ids",
+    "teacher_logprobs",
+    "rollout_logprobs",
+    "sequence_index",
+)
+
+
+def loss_of(hidden: torch.Tensor, batch: MicroBatch, **settings: object) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    weight = torch.randn(V, H, generator=generator)
+    config = LossConfig.model_validate(settings)
+    loss = build_loss(config, vocab=VocabRange.of(V, V, None), sequence_parallel=False)
+    return loss(hidden[:, None], weight, batch).report
+
+
+def documents_apart(batch: MicroBatch) -> list[tuple[slice, MicroBatch]]:
+    """Each document as a micro-batch of its own."""
+    parts = []
+    edges = batch.cu_seqlens.tolist()
+    for i, (start, stop) in enumerate(itertools.pairwise(edges)):
+        rows = slice(start, stop)
+        columns = {name: getattr(batch, name)[:, rows] for name in PER_TOKEN}
+        columns["sequence_index"] = torch.zeros_like(columns["sequence_index"])
+        own = replace(
+            batch,
+            **columns,
+            response_lengths=batch.response_lengths[i : i + 1],
+            document_indices=batch.document_indices[i : i + 1],
+        )
+        parts.append((rows, own))
+    return parts
+
+
+@pytest.mark.parametrize("normalization", ["token_mean", "per_sequence"])
+def test_pairs_of_the_parts_add_up_to_the_whole(normalization: str) -> None:
+    batch = random_batch([40, 3, 17, 26], vocab_size=V)
+    hidden = torch.randn(86, H, generator=torch.Generator().manual_seed(1))
+    whole = loss_of(hidden, batch, normalization=normalization)
+    parts = [
+        loss_of(hidden[rows], part, normalization=normalization) for rows, part in documents_apart(batch)
+    ]
+    for name, pair in whole.items():
+        torch.testing.assert_close(sum(part[name] for part in parts), pair, msg=name)
+    pooled = finalize_report({name: sum(part[name] for part in parts) for name in whole})
+    assert pooled == pytest.approx(finalize_report(whole))
+    # Planted: the mean over micro-batches of their means.
+    means = [finalize_report(part)["reverse_kl"] for part in parts]
+    assert sum(means) / len(means) != pytest.approx(pooled["reverse_kl"], rel=1e-3)
+
+
+def test_metrics_by_hand() -> None:
+    batch = random_batch([40, 21], vocab_size=V)
+    assert batch.teacher_logprobs is not None
+    assert batch.rollout_logprobs is not None
+    assert batch.loss_mask is not None
+    hidden = torch.randn(61, H, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(V, H, generator=torch.Generator().manual_seed(9)).double()
+    config = LossConfig(advantage_clip=1.5)
+    _, student, entropy = dense_loss(config, hidden.double(), weight, batch)
+    trained = batch.loss_mask[0] > 0
+    teacher, rollout = batch.teacher_logprobs[0, trained], batch.rollout_logprobs[0, trained]
+    ratio = (student - rollout).exp()
+    metrics = finalize_report(loss_of(hidden, batch, advantage_clip=1.5))
+    expected = {
+        "num_tokens": len(student),
+        "student_logprobs": student.mean(),
+        "teacher_logprobs": teacher.mean(),
+        "entropy": entropy.mean(),
+        "reverse_kl": (student - teacher).mean(),
+        "k2": 0.5 * (student - teacher).square().mean(),
+        "clip_fraction": ((student - teacher).abs() > 1.5).double().mean(),
+        "importance_ratio_mean": ratio.mean(),
+        "importance_ratio_std": ratio.std(unbiased=False),
+        "effective_sample_fraction": ratio.sum() ** 2 / (len(ratio) * ratio.square().sum()),
+        "loss": -((teacher - student).clamp(-1.5, 1.5) * student).mean(),
+    }
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(float(value), rel=1e-5), name
+
+
+def test_deciles_follow_the_position_in_the_response() -> None:
+    """A gap that grows with the position: each decile reports its own, whatever the length of the prompt."""
+    batch = random_batch([24, 45], vocab_size=V, masked=0.3)
+    assert batch.loss_mask is not None
+    assert batch.labels is not None
+    hidden, weight = torch.zeros(69, H), torch.zeros(V, H)
+    position = torch.cat([torch.arange(int(n)) for n in batch.response_lengths])
+    lengths = torch.repeat_interleave(batch.response_lengths, batch.response_lengths.long())
+    decile = (10 * position / lengths).floor()
+    teacher = torch.zeros_like(batch.loss_mask)
+    teacher[batch.loss_mask > 0] = -math.log(V) + decile
+    loss = build_loss(LossConfig(), vocab=VocabRange.of(V, V, None), sequence_parallel=False)
+    report = loss(hidden[:, None], weight, replace(batch, teacher_logprobs=teacher)).report
+    metrics = finalize_report(report)
+    for i in range(10):
+        assert metrics[f"teacher_student_gap_decile_{i}"] == pytest.approx(i, abs=1e-6)
+        assert report[f"teacher_student_gap_decile_{i}"][1] == int((decile == i).sum())
+
+
+def test_a_dataset_without_scores_reports_what_it_can() -> None:
+    batch = replace(random_batch([24, 45], vocab_size=V), teacher_logprobs=None, rollout_logprobs=None)
+    metrics = finalize_report(loss_of(torch.randn(69, H), batch, objective="sft"))
+    assert set(metrics) == {"loss", "num_tokens", "student_logprobs", "entropy"}
+
+
+@pytest.mark.parametrize(
+    ("objective", "column"),
+    [
+        ("lightning_opd", "teacher_logprobs"),
+        ("opd_importance", "rollout_logprobs"),
+        ("topk_reverse_kl", "teacher_topk_ids"),
+    ],
+)
+def test_a_missing_column_is_named(objective: str, column: str) -> None:
+    batch = random_batch([24, 45], vocab_size=V, topk=2)
+    setattr(batch, column, None)
+    with pytest.raises(UserError, match=f"{objective} needs the column {column}"):
+        loss_of(torch.randn(69, H), batch, objective=objective, topk=2)
+
+
+def test_more_teacher_tokens_than_were_scored_are_refused() -> None:
+    batch = random_batch([24, 45], vocab_size=V, topk=2)
+    with pytest.raises(UserError, match=r"loss.topk=3 is more than the 2"):
+        loss_of(torch.randn(69, H), batch, objective="topk_forward_kl", topk=3)
+
+
+def test_fewer_teacher_tokens_than_were_scored_use_the_most_likely() -> None:
+    batch = random_batch([24, 45], vocab_size=V, topk=5)
+    assert batch.teacher_topk_ids is not None
+    assert batch.teacher_topk_logprobs is not None
+    two = replace(
+        batch,
+        teacher_topk_ids=batch.teacher_topk_ids[..., :2],
+        teacher_topk_logprobs=batch.teacher_topk_logprobs[..., :2],
+    )
+    hidden = torch.randn(69, H)
+    first = loss_of(hidden, batch, objective="topk_reverse_kl", topk=2)
+    assert torch.equal(first["loss"], loss_of(hidden, two, objective="topk_reverse_kl", topk=2)["loss"])
+
+
+def test_a_stage_without_the_columns_of_the_loss_is_a_programming_error() -> None:
+    with pytest.raises(ValueError, match="position_ids"):
+        TrainedTokens.of(replace(random_batch([9], vocab_size=V), position_ids=None))
