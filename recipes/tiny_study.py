@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lopd_megatron.config import RunConfig
 from lopd_megatron.launch.refresh import refresh_rounds
-from lopd_megatron.launch.study import Cell, Data, Part
+from lopd_megatron.launch.study_cells import Cell, Data, Part
 from recipes import tiny
 
 STUDY = "runs/study"

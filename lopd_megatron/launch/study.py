@@ -1,4 +1,4 @@
-"""A study: cells that are trained one after another on a workbench and measured alike."""
+"""Runs the cells of a study one after another on a workbench and measures them alike."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from lopd_megatron.inference.evaluation import read_problems
 from lopd_megatron.inference.prompts import Template, load_tokenizer
 from lopd_megatron.launch.effopd import HeldOutForward
 from lopd_megatron.launch.online import Prompt
+from lopd_megatron.launch.study_cells import Cell, Data, Part
 from lopd_megatron.launch.workbench import Curve, Problem, Workbench, export, mean_and_error, train
 from lopd_megatron.train.metrics import read_metrics
 from lopd_megatron.train.state import Hook, Trainer
@@ -26,46 +26,6 @@ CURVE_ITERATIONS = (5, 10, 25, 50, 75, 100, 125, 150)
 CURVE_PROBLEMS = 256
 EFFOPD_PROBLEMS = 50
 """As in the paper (arXiv 2605.11739, 4.1): one answer each at temperature 1."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """A dataset of rollouts: who answers, who scores (None: SFT), which prompts."""
-
-    name: str
-    generator: str
-    teacher: str | None
-    prompts: str
-    samples: int = 1
-    max_prompts: int | None = None
-    topk: int = 0
-
-
-@dataclass(frozen=True)
-class Part:
-    """One training run. `data` None: standard OPD on `prompts`."""
-
-    config: RunConfig
-    data: Data | None
-    prompts: str = ""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One row of a study: runs that follow each other, measured against `teacher` at the end."""
-
-    name: str
-    group: str
-    parts: tuple[Part, ...]
-    teacher: str
-    needs: tuple[str, ...] = ()
-    """Cells that must be done before."""
-    teachers: tuple[str, ...] = ("teacher",)
-    """Teachers that must have been trained."""
-
-    @property
-    def result_path(self) -> Path:
-        return self.parts[-1].config.paths.run_dir / "result.json"
 
 
 class StudyRunner:
