@@ -9,10 +9,9 @@ only file that imports nemo_run. Facts that shape it (NeMo-Run 0.11.1):
 * an Experiment with failed tasks leaves exit code 0, so the statuses are judged here;
 * LocalExecutor goes on after a failed task, so locally each stage is an Experiment of its own;
 * it waits for ever for a job array, so each worker of an array stage is a task;
-* its torchrun launcher has one fixed port, so the command brings its own launcher.
+* its torchrun launcher has one fixed port, so the command brings its own launcher;
+* its command line reads annotations as types, so this file does without `from __future__ import annotations`.
 """
-
-from __future__ import annotations
 
 import os
 import shlex

@@ -6,6 +6,7 @@ by its id. Nodes n1, n2, … share one address, so their names do not resolve: a
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pwd
 import shutil
@@ -84,6 +85,12 @@ def free_ports(count: int) -> list[int]:
     for one in sockets:
         one.close()
     return ports
+
+
+def _end_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the tests are killed, so that no daemon outlives them."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class SlurmLab:
@@ -172,6 +179,7 @@ class SlurmLab:
             stderr=log,
             env=self.env,
             start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
         self.daemons.append((program, process, log))
 

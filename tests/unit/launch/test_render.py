@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,31 @@ def test_shell_sbatch_and_nemo_run_show_the_same_commands() -> None:
     nemo = (HERE / "golden/nemo_run_64gpu.sh").read_text()
     train = shlex.join(chain([CLUSTER], ["run_dir=TMP/run", "launch.stages.score.array=1"])[4].command)
     assert f"cd CHECKOUT\nexec {train}\n" in nemo
+
+
+FAKE_SCONTROL = """#!/bin/bash
+[ "$2" = hostnames ] && printf 'n1\\nn2\\n' || echo "NodeName=$3 NodeAddr=127.0.0.1 Port=1"
+"""
+
+
+def test_rendezvous_is_the_first_node_and_a_free_port(tmp_path: Path) -> None:
+    """job.sh, with a FakeScontrol. Another job, or attempt, starts its search elsewhere."""
+    fake = tmp_path / "scontrol"
+    fake.write_text(FAKE_SCONTROL)
+    fake.chmod(0o755)
+    text = 'set -euo pipefail; source slurm/job.sh; rendezvous; echo "$PET_MASTER_ADDR $PET_MASTER_PORT"'
+
+    def port(job: int, attempt: int) -> int:
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n[1-2]"}
+        environment |= {"SLURM_JOB_ID": str(job), "SLURM_RESTART_COUNT": str(attempt)}
+        address, found = subprocess.check_output(["bash", "-c", text], env=environment, text=True).split()
+        assert address == "127.0.0.1"
+        return int(found)
+
+    first = port(11, 0)
+    assert len({first, port(11, 1), port(12, 0)}) == 3
+    with socket.create_server(("127.0.0.1", first)):
+        assert port(11, 0) == first + 1
 
 
 FAKE_SRUN = "#!/bin/bash\nprintf '%s\\n' \"$@\"\n"
