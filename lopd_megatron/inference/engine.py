@@ -15,12 +15,14 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from lopd_megatron.config import EngineConfig
+from lopd_megatron.inference.outputs import BadAnswer, read_generation, read_native, read_stock, read_tensors
 from lopd_megatron.inference.requests import (
     EngineLost,
     Failure,
@@ -47,8 +49,8 @@ QUIET_ENVIRONMENT = {
 }
 
 
-class BadAnswer(Exception):
-    """The engine answered something that cannot be right."""
+_closed_in_process: list[Any] = []
+"""Engines on the CPU that were closed and not yet taken apart."""
 
 
 class VllmEngine:
@@ -72,6 +74,7 @@ class VllmEngine:
         if config.max_model_len == self.shape.max_position_embeddings:
             # One position more than the model has: never run, see max_model_len below.
             os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+        _take_apart_closed()
         with warnings.catch_warnings():  # of torch, about vLLM's scan of all modules
             warnings.simplefilter("ignore", FutureWarning)
             from vllm import EngineArgs, LLMEngine
@@ -169,17 +172,7 @@ class VllmEngine:
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
 
-        def answer(request: GenerationRequest, output: Any) -> Generation:
-            sample = output.outputs[0]
-            logprobs = np.fromiter(sample.logprobs.logprobs, np.float32)
-            tokens = list(sample.token_ids)
-            if sample.finish_reason not in ("stop", "length"):
-                raise BadAnswer(f"vLLM ended the response with {sample.finish_reason!r}")
-            if not len(tokens) == len(logprobs) > 0 or not np.isfinite(logprobs).all():
-                raise BadAnswer(f"{len(tokens)} tokens with the log-probs {logprobs}")
-            return Generation(request.key, tokens, logprobs, sample.finish_reason)
-
-        yield from self._stream(requests, lambda r: r.prompt_tokens, parameters, answer)
+        yield from self._stream(requests, lambda r: r.prompt_tokens, parameters, read_generation)
 
     def score(
         self, requests: Iterable[ScoreRequest], *, topk: int, path: ScoringPath
@@ -204,21 +197,13 @@ class VllmEngine:
                 )
             return SamplingParams(**common, prompt_logprobs=topk)
 
-        def answer(request: ScoreRequest, output: Any) -> Score:
-            if native:
-                # Row i is token start + i: there is no leading None, unlike prompt_logprobs.
-                return _score(request, None, output.prompt_token_id_logprobs, 0)
-            if path == "stock":
-                ids, logprobs = _from_dicts(output.prompt_logprobs[request.start :], request, topk)
-            else:
-                kept = output.prompt_logprobs
-                ids = kept.logprob_token_ids[request.start - 1 :].numpy()
-                logprobs = kept.logprobs[request.start - 1 :].numpy()
-            return _score(request, ids, logprobs, topk)
-
+        if native:
+            read: Callable[..., Score] = read_native
+        else:
+            read = partial(read_stock if path == "stock" else read_tensors, topk=topk)
         keep = contextlib.nullcontext() if native or path == "stock" else _prompt_logprobs_as_tensors()
         with keep:
-            yield from self._stream(requests, lambda r: r.tokens, parameters, answer)
+            yield from self._stream(requests, lambda r: r.tokens, parameters, read)
 
     def reload(self, model: str) -> bool:
         """Load the weights of another folder of the same architecture in place; False where it differs."""
@@ -230,14 +215,18 @@ class VllmEngine:
         return True
 
     def close(self) -> None:
-        """End the engine's processes and give its memory back."""
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+        """End the engine. One in this process gives its memory back when the process ends or opens another.
 
-        self._engine.engine_core.shutdown()
+        Taking it apart costs 3 CPU-seconds, as much as starting it, and mostly nothing comes after it.
+        """
+        if not hasattr(self, "_engine"):
+            return
+        if torch.cuda.is_available():
+            self._engine.engine_core.shutdown()
+        else:
+            _closed_in_process.append(self._engine)
+            gc.freeze()  # the collections at exit would look at every object of vLLM
         del self._engine
-        if not torch.cuda.is_available():
-            cleanup_dist_env_and_memory()
-        gc.collect()
 
     def _stream(
         self,
@@ -303,6 +292,18 @@ class VllmEngine:
             raise
 
 
+def _take_apart_closed() -> None:
+    """Give the memory and the process group of closed engines back: vLLM allows one engine per process."""
+    if not _closed_in_process:
+        return
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    while _closed_in_process:
+        _closed_in_process.pop().engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+    gc.collect()
+
+
 def _free_bytes(config: EngineConfig, on_cpu: bool) -> float:
     """Memory for scores: what the engine leaves free of the GPU, or a quarter of what the host has free."""
     if on_cpu:
@@ -326,40 +327,6 @@ def _set_environment(on_cpu: bool) -> None:
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # "Triton not available" on a CPU
     if "torch._dynamo" in sys.modules:  # it read its environment when it was imported
         torch._dynamo.config.disable = os.environ["TORCHDYNAMO_DISABLE"] == "1"
-
-
-def _score(request: ScoreRequest, ids: np.ndarray | None, logprobs: np.ndarray, topk: int) -> Score:
-    """Split [r, 1 + k] (sampled token first, then the k most likely) into a `Score`; check its alignment."""
-    given = request.tokens[request.start :]
-    if logprobs is None or logprobs.shape != (len(given), 1 + topk):
-        shape = None if logprobs is None else logprobs.shape
-        raise BadAnswer(f"scores of shape {shape} for {len(given)} tokens and k = {topk}")
-    if ids is None:
-        ids = np.asarray(given, np.int32)[:, None]
-    if ids[:, 0].tolist() != given:
-        raise BadAnswer("the scores are not of the given token ids")
-    if not np.isfinite(logprobs).all():
-        raise BadAnswer(f"not finite: the log-prob at position {int(np.argmin(np.isfinite(logprobs[:, 0])))}")
-    logprobs = logprobs.astype(np.float32)
-    return Score(
-        request.key, logprobs[:, 0].copy(), ids[:, 1:].astype(np.int32), np.ascontiguousarray(logprobs[:, 1:])
-    )
-
-
-def _from_dicts(
-    positions: list[dict[int, Any]], request: ScoreRequest, topk: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """vLLM's dictionaries, {id: Logprob} per position, as [r, 1 + k] arrays."""
-    given = request.tokens[request.start :]
-    ids = np.empty((len(given), 1 + topk), np.int64)
-    logprobs = np.empty((len(given), 1 + topk), np.float32)
-    for row, (token, entries) in enumerate(zip(given, positions, strict=True)):
-        # The given token is there besides the k most likely, or is one of them: then it has rank ≤ k.
-        likely = sorted((entry.rank, key) for key, entry in entries.items())[:topk]
-        columns = [token, *(key for _, key in likely)]
-        ids[row] = columns
-        logprobs[row] = [entries[key].logprob for key in columns]
-    return ids, logprobs
 
 
 @contextlib.contextmanager

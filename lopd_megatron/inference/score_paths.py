@@ -63,11 +63,13 @@ def choose_path(engine: ScoringEngine, wanted: str, topk: int, longest: int) -> 
 def sample_requests(vocab_size: int, longest: int) -> list[ScoreRequest]:
     """Random documents with the awkward shapes: one-token prompt, one-token response, both, a long one."""
     random = np.random.default_rng(0)
-    shapes = ((1, 1), (1, 9), (9, 1), (7, 24), (16, min(240, longest - 16)))
+    shapes = [(1, 1), (1, 9), (9, 1), (7, 24), (16, min(240, longest - 16))]
+    fitting = [
+        (prompt, response) for prompt, response in shapes if response > 0 and prompt + response <= longest
+    ]
     return [
         ScoreRequest((0, row), random.integers(0, vocab_size, prompt + response).tolist(), prompt)
-        for row, (prompt, response) in enumerate(shapes)
-        if prompt + response <= longest and response > 0
+        for row, (prompt, response) in enumerate(fitting)
     ]
 
 

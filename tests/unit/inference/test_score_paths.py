@@ -38,6 +38,7 @@ def test_samples_fit_and_have_the_awkward_shapes(longest: int) -> None:
     requests = sample_requests(50, longest)
     assert all(1 <= r.start < len(r.tokens) <= longest for r in requests)
     assert min(len(r.tokens) for r in requests) == 2
+    assert choose_path(FakeEngine(), "auto", 0, longest) == "native"
 
 
 def test_score_tokens_keeps_the_order() -> None:
