@@ -4,6 +4,7 @@
 
 A stage that the config makes empty is left out: `prompts` without `prompts.input`, `evaluate` without
 `evaluation.input`, `score` for SFT, and everything before `train` when `data.prefixes` names datasets.
+Standard OPD has no `rollouts`, `score` and `build`: its `train` does their work at every step.
 Order comes from files: a stage runs after the stages that write what it reads, also across runs.
 """
 
@@ -99,10 +100,12 @@ def stages(config: RunConfig, recipe: str, overrides: Sequence[str] = ()) -> lis
         )
 
     found: list[Stage] = []
-    if not config.data.prefixes:
+    online = config.online.enabled
+    if not config.data.prefixes or online:
         if config.prompts.input:
             files = [*config.prompts.input, *config.prompts.contamination_files]
             found.append(stage("prompts", _tool("prepare_prompts"), [model.student, *files], paths.prompts))
+    if not config.data.prefixes and not online:
         generator = model.student if config.rollout.generator == "student" else model.teacher
         tool = _tool("generate_rollouts")
         found.append(stage("rollouts", tool, [paths.prompts, generator], paths.rollouts, "array"))
@@ -111,10 +114,13 @@ def stages(config: RunConfig, recipe: str, overrides: Sequence[str] = ()) -> lis
             found.append(stage("score", tool, [paths.rollouts, model.teacher], paths.scored, "array"))
         source = paths.rollouts if sft else paths.scored
         found.append(stage("build", _tool("build_dataset"), [source], paths.dataset_prefix))
-    data = [*config.dataset_prefixes, *config.data.valid_prefixes]
-    found.append(
-        stage("train", _torchrun(config), [model.student, *data], paths.checkpoints, "torchrun"),
-    )
+    data = [paths.prompts, model.teacher] if online else list(config.dataset_prefixes)
+    read = [model.student, *data, *config.data.valid_prefixes]
+    if online and not (config.online.student_url and config.online.teacher_url):
+        # Starts its servers beside the training, on this one node.
+        found.append(stage("train", _tool("train_online"), read, paths.checkpoints))
+    else:
+        found.append(stage("train", _torchrun(config), read, paths.checkpoints, "torchrun"))
     found.append(stage("export", _export(config), [paths.checkpoints, model.student], paths.hf))
     if config.evaluation.input:
         inputs: list[str | Path] = [paths.hf, *config.evaluation.input]
@@ -172,4 +178,7 @@ def _torchrun(config: RunConfig) -> tuple[str, ...]:
     where = ("--standalone",) if nodes == 1 else ("--nnodes", str(nodes))
     processes = ("--nproc-per-node", str(processes_per_node(config)))
     launcher = ("python", "-m", "lopd_megatron.launch.torchrun")
-    return (*launcher, *where, *processes, "-m", "lopd_megatron.train")
+    program = "lopd_megatron.launch.train_effopd" if config.effopd.enabled else "lopd_megatron.train"
+    if config.online.enabled:
+        program = "lopd_megatron.launch.train_online"
+    return (*launcher, *where, *processes, "-m", program)

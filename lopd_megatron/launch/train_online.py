@@ -9,6 +9,8 @@ Reads `<run_dir>/prompts`. Exit codes are those of `lopd_megatron.train`.
 from __future__ import annotations
 
 import hashlib
+import sys
+import sys
 
 from lopd_megatron import cli
 from lopd_megatron.config import RunConfig
@@ -17,6 +19,7 @@ from lopd_megatron.inference import shards
 from lopd_megatron.inference.requests import Sampling
 from lopd_megatron.inference.rollouts import stop_token_ids
 from lopd_megatron.inference.student_client import ServerClient
+from lopd_megatron.launch.effopd import effopd_hooks
 from lopd_megatron.launch.online import Engines, OnlineRollouts, Prompt
 from lopd_megatron.lineage import (
     Lineage,
@@ -43,7 +46,8 @@ def main() -> int:
     from lopd_megatron.train.loop import run
 
     rollouts = OnlineRollouts(config, read_prompts(config), connect(config) if launch_rank() == 0 else None)
-    return run(config, hooks=[rollouts], batches=rollouts, check=check_online_inputs)
+    hooks = [*effopd_hooks(config, sys.argv[1:]), rollouts]  # the weights it accepts go to the student server
+    return run(config, hooks=hooks, batches=rollouts, check=check_online_inputs)
 
 
 def connect(config: RunConfig) -> Engines:

@@ -9,11 +9,14 @@ the time limit after saving (start the same command again), 2 wrong input, 1 any
 from __future__ import annotations
 
 from lopd_megatron import cli
+from lopd_megatron.errors import UserError
 from lopd_megatron.train.abort import run_rank
 
 
 def main() -> int:
     config, options = cli.parse(cli.parser(__doc__))
+    if config.effopd.enabled:
+        raise UserError("effopd.enabled=true: start -m lopd_megatron.launch.train_effopd instead")
     if options.dry_run:
         paths = config.paths
         reads = [config.model.student, *config.dataset_prefixes, *config.data.valid_prefixes]
