@@ -101,10 +101,9 @@ def stages(config: RunConfig, recipe: str, overrides: Sequence[str] = ()) -> lis
 
     found: list[Stage] = []
     online = config.online.enabled
-    if not config.data.prefixes or online:
-        if config.prompts.input:
-            files = [*config.prompts.input, *config.prompts.contamination_files]
-            found.append(stage("prompts", _tool("prepare_prompts"), [model.student, *files], paths.prompts))
+    if config.prompts.input and (online or not config.data.prefixes):
+        files = [*config.prompts.input, *config.prompts.contamination_files]
+        found.append(stage("prompts", _tool("prepare_prompts"), [model.student, *files], paths.prompts))
     if not config.data.prefixes and not online:
         generator = model.student if config.rollout.generator == "student" else model.teacher
         tool = _tool("generate_rollouts")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import sys
-import sys
 
 from lopd_megatron import cli
 from lopd_megatron.config import RunConfig

@@ -53,6 +53,17 @@ def test_stages_that_the_config_makes_empty_are_left_out() -> None:
     assert names(stages(config, "r")) == ["train", "export"]
 
 
+def test_standard_opd_trains_right_after_its_prompts() -> None:
+    config = run_config()
+    config.online.enabled = True
+    found = stages(config, "r.py:f")
+    assert names(found) == ["prompts", "train", "export", "evaluate"]
+    assert found[1].command == ("python", "tools/train_online.py", "--recipe", "r.py:f")
+    assert found[1].after == ("r-prompts",)
+    config.online.student_url = config.online.teacher_url = "http://host:1"  # servers that run elsewhere
+    assert "lopd_megatron.launch.train_online" in stages(config, "r.py:f")[1].command
+
+
 def test_two_runs_chain_through_their_files() -> None:
     found = {stage.job: stage for stage in chain(["recipes/tiny.py:sft", "recipes/tiny.py:lightning_opd"])}
     assert found["lightning_opd-rollouts"].after == ("lightning_opd-prompts", "sft-export")
