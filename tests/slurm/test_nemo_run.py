@@ -32,7 +32,7 @@ def arguments(executor: str, tiny: Path, name: str) -> list[str]:
 @pytest.mark.parametrize("executor", ["local", "slurm"])
 def test_an_executor_runs_the_chain(lab: SlurmLab, chain: Chain, tiny: Path, executor: str) -> None:
     name = f"nemo_{executor}"
-    layout = ONE_PROCESS if executor == "local" else []
+    layout = ONE_PROCESS if executor == "local" else ["parallel.tensor_model_parallel_size=1"]
     result = lab.run([*arguments(executor, tiny, name), *layout], cwd=ROOT, timeout_s=600, check=False)
     assert result.returncode == 0, result.stdout
     assert (tiny / name / "hf/model.safetensors").exists()
@@ -49,3 +49,12 @@ def test_a_failed_stage_fails_the_launch(lab: SlurmLab, chain: Chain, tiny: Path
     assert result.returncode == 1, result.stdout
     assert f"{name}-train: FAILED" in result.stdout
     assert not (tiny / name / "hf").exists()
+
+
+def test_every_recipe_is_a_factory_of_nemo_runs_own_command_line(lab: SlurmLab, tiny: Path) -> None:
+    run = tiny / "factory"
+    overrides = f"run_dir={run} prompts.input=[{tiny}/task/prompts/opd.jsonl] prompts.contamination_files=[]"
+    overrides += f" model.student={tiny}/task/student_init"
+    command = ["python", "-m", "lopd_megatron.launch.nemo_run", "--factory", "tiny_lightning_opd", "--yes"]
+    result = lab.run([*command, "stages=prompts", f"overrides={overrides}"], cwd=ROOT, timeout_s=300)
+    assert (run / "prompts/shard-00000.json").exists(), result.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -18,6 +19,10 @@ def iteration(run: Path) -> int:
     metrics = run / "metrics.jsonl"
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     return max((json.loads(line).get("iteration", 0) for line in lines if line.endswith("}")), default=0)
+
+
+def wait_for(what: str, lab: SlurmLab, value: Callable[[], int], least: int) -> None:
+    lab.until(what, lambda: value() >= least, 600)
 
 
 def test_the_chain_runs_to_its_end(chain: Chain, tiny: Path) -> None:
@@ -43,17 +48,20 @@ def test_a_training_disturbed_three_times_ends_with_the_same_weights(
     submitted = lab.run([*launch, "--recipe", RECIPE, *overrides], cwd=ROOT, timeout_s=300)
     train, export = (line.split()[1] for line in submitted.stdout.splitlines() if line.startswith("dist"))
 
+    def restarts() -> int:
+        return int(lab.job(train)["Restarts"])
+
     disturbances = (
         (10, ["scancel", "--batch", "-s", "USR1", train]),
         (70, ["scontrol", "requeue", train]),
         (130, ["scontrol", "update", "nodename=n2", "state=down", "reason=test"]),
     )
     for attempt, (after, command) in enumerate(disturbances):
-        lab.until(f"iteration {after}", lambda after=after: iteration(run) >= after, 600)
-        assert lab.job(train)["Restarts"] == str(attempt)
+        wait_for(f"iteration {after}", lab, lambda: iteration(run), after)
+        assert restarts() == attempt
         assert iteration(run) < 200
         lab.run(command)
-        lab.until("requeue", lambda n=attempt: lab.job(train)["Restarts"] == str(n + 1), 120)
+        wait_for("a requeue", lab, restarts, attempt + 1)
     lab.run(["scontrol", "update", "nodename=n2", "state=resume"], check=False)
 
     record = lab.wait(train, 600)

@@ -15,7 +15,7 @@
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --open-mode=append
-#SBATCH --output=TMP/run/logs/nemo_run/experiments/opd/opd_ID/opd-score/sbatch_llm-llm.opd-score_%j.out
+#SBATCH --output=/remote/lopd/nemo_run/opd/opd_ID/opd-score/sbatch_llm-llm.opd-score_%j.out
 #SBATCH --partition=batch
 #SBATCH --time=04:00:00
 
@@ -34,8 +34,8 @@ nodes_array=($nodes)
 head_node=${nodes_array[0]}
 head_node_ip=$(srun --nodes=1 --ntasks=1 -w "$head_node" hostname --ip-address)
 
-cd CHECKOUT
-export LOPD_LOGS=TMP/run/logs
+cd /remote/lopd
+export LOPD_LOGS=runs/nemo/logs
 export LOPD_MAX_RESTARTS=8
 export LOPD_MAX_RETRIES=1
 export LOPD_CONTAINER_IMAGE=nvcr.io/nvidia/nemo:25.09
@@ -45,7 +45,7 @@ source slurm/env.sh
 
 # Command 1
 
-srun --output TMP/run/logs/nemo_run/experiments/opd/opd_ID/opd-score/log-llm-llm.opd-score_%j_${SLURM_RESTART_COUNT:-0}.out --container-image nvcr.io/nvidia/nemo:25.09 --container-mounts CHECKOUT:CHECKOUT,/lustre/models:/lustre/models:ro,TMP/run/logs/nemo_run/experiments/opd/opd_ID/opd-score:/nemo_run --container-workdir /nemo_run/code --wait=60 --kill-on-bad-exit=1 --cpu-bind=none bash /nemo_run/scripts/opd-score.sh
+srun --output /remote/lopd/nemo_run/opd/opd_ID/opd-score/log-llm-llm.opd-score_%j_${SLURM_RESTART_COUNT:-0}.out --container-image nvcr.io/nvidia/nemo:25.09 --container-mounts /remote/lopd:/remote/lopd,/lustre/models:/lustre/models:ro,/remote/lopd/nemo_run/opd/opd_ID/opd-score:/nemo_run --container-workdir /nemo_run/code --wait=60 --kill-on-bad-exit=1 --cpu-bind=none bash /nemo_run/scripts/opd-score.sh
 
 exitcode=$?
 
@@ -60,8 +60,8 @@ if [ $exitcode -ne 0 ]; then
 fi
 # opd-score/scripts/opd-score.sh
 #!/bin/bash
-cd CHECKOUT
-exec python tools/score_rollouts.py --recipe tests/unit/launch/cluster.py:opd_64gpu run_dir=TMP/run launch.stages.score.array=1
+cd /remote/lopd
+exec python tools/score_rollouts.py --recipe tests/unit/launch/cluster.py:opd_64gpu run_dir=runs/nemo launch.stages.score.array=1 launch.ssh_host=me@login.invalid launch.ssh_checkout=/remote/lopd
 
 # opd-train_sbatch.sh
 #!/bin/bash
@@ -80,7 +80,7 @@ exec python tools/score_rollouts.py --recipe tests/unit/launch/cluster.py:opd_64
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=1
 #SBATCH --open-mode=append
-#SBATCH --output=TMP/run/logs/nemo_run/experiments/opd/opd_ID/opd-train/sbatch_llm-llm.opd-train_%j.out
+#SBATCH --output=/remote/lopd/nemo_run/opd/opd_ID/opd-train/sbatch_llm-llm.opd-train_%j.out
 #SBATCH --partition=batch
 #SBATCH --signal=USR1@300
 #SBATCH --time=1-00:00:00
@@ -100,8 +100,8 @@ nodes_array=($nodes)
 head_node=${nodes_array[0]}
 head_node_ip=$(srun --nodes=1 --ntasks=1 -w "$head_node" hostname --ip-address)
 
-cd CHECKOUT
-export LOPD_LOGS=TMP/run/logs
+cd /remote/lopd
+export LOPD_LOGS=runs/nemo/logs
 export LOPD_MAX_RESTARTS=8
 export LOPD_MAX_RETRIES=1
 export LOPD_CONTAINER_IMAGE=nvcr.io/nvidia/nemo:25.09
@@ -115,7 +115,7 @@ rendezvous
 
 # Command 1
 
-srun --output TMP/run/logs/nemo_run/experiments/opd/opd_ID/opd-train/log-llm-llm.opd-train_%j_${SLURM_RESTART_COUNT:-0}.out --container-image nvcr.io/nvidia/nemo:25.09 --container-mounts CHECKOUT:CHECKOUT,/lustre/models:/lustre/models:ro,TMP/run/logs/nemo_run/experiments/opd/opd_ID/opd-train:/nemo_run --container-workdir /nemo_run/code --wait=60 --kill-on-bad-exit=1 --cpu-bind=none bash /nemo_run/scripts/opd-train.sh
+srun --output /remote/lopd/nemo_run/opd/opd_ID/opd-train/log-llm-llm.opd-train_%j_${SLURM_RESTART_COUNT:-0}.out --container-image nvcr.io/nvidia/nemo:25.09 --container-mounts /remote/lopd:/remote/lopd,/lustre/models:/lustre/models:ro,/remote/lopd/nemo_run/opd/opd_ID/opd-train:/nemo_run --container-workdir /nemo_run/code --wait=60 --kill-on-bad-exit=1 --cpu-bind=none bash /nemo_run/scripts/opd-train.sh
 
 exitcode=$?
 
@@ -130,6 +130,6 @@ if [ $exitcode -ne 0 ]; then
 fi
 # opd-train/scripts/opd-train.sh
 #!/bin/bash
-cd CHECKOUT
-exec python -m lopd_megatron.launch.torchrun --nnodes 8 --nproc-per-node 8 -m lopd_megatron.train --recipe tests/unit/launch/cluster.py:opd_64gpu run_dir=TMP/run launch.stages.score.array=1
+cd /remote/lopd
+exec python -m lopd_megatron.launch.torchrun --nnodes 8 --nproc-per-node 8 -m lopd_megatron.train --recipe tests/unit/launch/cluster.py:opd_64gpu run_dir=runs/nemo launch.stages.score.array=1 launch.ssh_host=me@login.invalid launch.ssh_checkout=/remote/lopd
 
