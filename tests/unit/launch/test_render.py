@@ -88,7 +88,7 @@ def test_golden_sbatch_64_gpus() -> None:
     golden("sbatch_64gpu.sh", sbatch.render(chain([CLUSTER], ["train.train_iters=300"])))
 
 
-NEMO = ("run_dir=runs/nemo", "launch.stages.score.array=1", "launch.ssh_host=me@login.invalid")
+NEMO: tuple[str, ...] = ("run_dir=runs/nemo", "launch.stages.score.array=1", "launch.ssh_host=me@login.invalid")
 NEMO += ("launch.ssh_checkout=/remote/lopd",)
 
 
