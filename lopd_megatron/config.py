@@ -256,6 +256,19 @@ class OnlineConfig(Section):
     """Largest accepted root mean square difference in nats of the two; bf16 engines differ by about 0.04."""
 
 
+class StalenessConfig(Section):
+    """When training on stored rollouts advises to sample new ones (train.staleness)."""
+
+    window: int = Field(default=10, ge=1)
+    """Iterations over which the signs of the training data are pooled."""
+    min_effective_sample_fraction: float = Field(default=0.5, ge=0, le=1)
+    """Of (Σ w)²/(n Σ w²) over tokens, w = π_θ/π_rollout."""
+    max_drift_kl: float = Field(default=0.2, gt=0)
+    """Nats per token of E[log π_rollout − log π_θ]."""
+    max_held_out_rise: float = Field(default=0.1, gt=0)
+    """Relative rise of valid_k2 over its smallest value."""
+
+
 class LineageConfig(Section):
     allow_mismatch: str = ""
     """A reason, recorded in every artifact, to go on although lineage rules are broken."""
@@ -323,6 +336,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     effopd: EffOPDConfig = EffOPDConfig()
     online: OnlineConfig = OnlineConfig()
+    staleness: StalenessConfig = StalenessConfig()
     lineage: LineageConfig = LineageConfig()
     launch: LaunchConfig = LaunchConfig()
 

@@ -31,7 +31,9 @@ def token_report(
 
     `reverse_kl`: the estimate Σ (log π_θ − log π_T) on the rollout's tokens; `k2`: Σ ½ (log π_θ − log π_T)²;
     `clip_fraction`: tokens whose advantage is outside ±τ; `importance_ratio(_squared)`: π_θ/π_rollout;
-    `teacher_student_gap_decile_i`: Σ (log π_T − log π_θ) over tokens with ⌊10 · relative_position⌋ = i.
+    `drift_kl`: Σ (log π_rollout − log π_θ), an estimate of KL(π_rollout ‖ π_θ) on fresh responses;
+    `teacher_student_gap_decile_i`: Σ (log π_T − log π_θ) over tokens with ⌊10 · relative_position⌋ = i;
+    `drift_kl_decile_i` likewise.
     Values of the teacher and of the rollout policy are there where the dataset has the column.
     """
     count = torch.tensor(tokens.count, dtype=torch.float64, device=tokens.rows.device)
@@ -50,8 +52,13 @@ def token_report(
             "clip_fraction": mean_of(clipped),
         } | _by_decile("teacher_student_gap_decile", gap, relative_position)
     if tokens.rollout_logprobs is not None:
-        ratio = (student_logprobs - tokens.rollout_logprobs).exp()
-        report |= {_RATIO: mean_of(ratio), _RATIO_SQUARED: mean_of(ratio.square())}
+        drift = tokens.rollout_logprobs - student_logprobs
+        ratio = (-drift).exp()
+        report |= {
+            _RATIO: mean_of(ratio),
+            _RATIO_SQUARED: mean_of(ratio.square()),
+            "drift_kl": mean_of(drift),
+        } | _by_decile("drift_kl_decile", drift, relative_position)
     return report
 
 
