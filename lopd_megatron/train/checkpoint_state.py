@@ -206,6 +206,10 @@ def _prepare_results_queue() -> None:
     """
     from multiprocessing.managers import SyncManager
 
+    if not filesystem_async.HAVE_PSUTIL:
+        raise UserError(
+            "psutil is not installed, and Megatron-Core's checkpoint writer would hang; install it"
+        )
     manager = SyncManager(ctx=multiprocessing.get_context("fork"))
     manager.start(initializer=_end_with, initargs=(os.getpid(),))
     filesystem_async._results_queue = manager.Queue()

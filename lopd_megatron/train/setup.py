@@ -11,6 +11,7 @@ import torch
 from lopd_megatron.config import RunConfig
 from lopd_megatron.data.loader import StepLoader
 from lopd_megatron.data.store import Dataset, open_dataset
+from lopd_megatron.errors import UserError
 from lopd_megatron.loss import Loss, build_loss
 from lopd_megatron.model.flops import forward_flops
 from lopd_megatron.parallel import topology as grid
@@ -43,6 +44,7 @@ def build_trainer(
     load_hf(chunks, config.model.student, spec, topology)
     model = wrap_model(chunks, spec, config)
     optimizer, scheduler = build_optimizer(model, spec, config)
+    refuse_padded_buckets(model)
     _connect_schedule(spec.transformer_config, model, optimizer, config)
     trainer = Trainer(
         config=config,
@@ -195,6 +197,22 @@ def build_optimizer(model: Sequence[Any], spec: StudentSpec, config: RunConfig) 
     return optimizer, scheduler
 
 
+def refuse_padded_buckets(model: Sequence[Any]) -> None:
+    """A UserError where a checkpoint would hold shifted optimizer state: see `parallel/fixes.py`.
+
+    It depends on sizes alone, so it is said before the first step and not at the first save.
+    """
+    for chunk in model:
+        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+            for bucket in buffer.buckets[:-1]:
+                if bucket.grad_data.numel() != bucket.numel_unpadded:
+                    raise UserError(
+                        f"optimizer.overlap_grad_reduce=true makes a bucket of {bucket.numel_unpadded} "
+                        f"numbers that is padded to {bucket.grad_data.numel()}, and Megatron-Core would save "
+                        "shifted optimizer state; set optimizer.overlap_grad_reduce=false"
+                    )
+
+
 def _connect_schedule(transformer: Any, model: Sequence[Any], optimizer: Any, config: RunConfig) -> None:
     """What Megatron's pipeline schedules call back; one callable per chunk under virtual stages."""
     from megatron.core.distributed import finalize_model_grads
@@ -220,5 +238,16 @@ def standard_hooks(config: RunConfig) -> list[Hook]:
     """In the order in which they act after a step: what ends the run, what is measured, what is kept."""
     from lopd_megatron.train.hooks import SaveHook, StopHook
     from lopd_megatron.train.log import LogHook
+    from lopd_megatron.train.profile import ProfileHook
+    from lopd_megatron.train.staleness import StalenessHook
+    from lopd_megatron.train.validate import ValidateHook
 
-    return [StopHook(config.train.exit_duration_in_mins), LogHook(config), SaveHook()]
+    trains_on_stored_rollouts = config.loss.objective != "sft" and not config.online.enabled
+    return [
+        StopHook(config.train.exit_duration_in_mins),
+        *([ValidateHook(config)] if config.train.eval_interval else []),
+        *([StalenessHook(config.staleness)] if trains_on_stored_rollouts else []),
+        LogHook(config),
+        SaveHook(),
+        *([ProfileHook(config)] if config.train.profile_iters else []),
+    ]
