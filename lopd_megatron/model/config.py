@@ -77,9 +77,12 @@ def read_hf_config(source: str | Path | dict[str, Any]) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def student_spec(source: str | Path | dict[str, Any], config: RunConfig) -> StudentSpec:
+def student_spec(
+    source: str | Path | dict[str, Any], config: RunConfig, *, attention: str | None = None
+) -> StudentSpec:
     """The student of a Hugging Face folder (or config dictionary) under the layout of `config`.
 
+    `attention` None asks this host (`attention_backend`); a planner names that of another one.
     A model or layout that cannot be represented is a UserError that names the field.
     """
     prepare_megatron()
@@ -87,7 +90,7 @@ def student_spec(source: str | Path | dict[str, Any], config: RunConfig) -> Stud
 
     hf = read_hf_config(source)
     _refuse_unsupported(hf)
-    attention = attention_backend(config.model.attention)
+    attention = attention or attention_backend(config.model.attention)
     rope = rope_parameters(hf)
     arguments = {
         **_architecture(hf),

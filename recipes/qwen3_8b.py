@@ -1,0 +1,43 @@
+"""Qwen3-8B ← Qwen3-32B, the larger dense pair of the paper.
+
+    python -m lopd_megatron.launch --executor sbatch --recipe recipes/qwen3_8b.py:sft \\
+        --recipe recipes/qwen3_8b.py:lightning_opd --dry-run
+
+Layouts are for GPUs of 80 GB and packed rows of 16,384 tokens; `tools/plan_layout.py` finds others.
+"""
+
+from __future__ import annotations
+
+from lopd_megatron.config import RunConfig
+from recipes import paper
+from recipes.paper import Layout
+
+PAIR = paper.Pair(
+    name="qwen3_8b",
+    base="models/Qwen3-8B-Base",
+    teacher="models/Qwen3-32B",
+    sft_rows=128,
+    teacher_gpus=2,
+)
+LAYOUTS = {
+    8: Layout(tp=2, recompute="selective"),
+    16: Layout(tp=2, recompute="none"),
+    32: Layout(tp=2, recompute="none"),
+}
+"""By number of GPUs: what the memory model says fits, with the least recomputation and communication."""
+
+
+def sft(gpus: int = 32) -> RunConfig:
+    return paper.place(paper.sft(PAIR), LAYOUTS, gpus)
+
+
+def lightning_opd(gpus: int = 8) -> RunConfig:
+    return paper.place(paper.lightning_opd(PAIR), LAYOUTS, gpus)
+
+
+def lightning_opd_topk(gpus: int = 8) -> RunConfig:
+    return paper.place(paper.lightning_opd_topk(PAIR), LAYOUTS, gpus)
+
+
+def standard_opd(gpus: int = 8) -> RunConfig:
+    return paper.place(paper.standard_opd(PAIR), LAYOUTS, gpus)
