@@ -55,4 +55,4 @@ def _decayed(optimizer: OptimizerConfig, iteration: int, train_iters: int) -> fl
             f"refresh rounds know constant, linear and cosine, not optimizer.lr_decay_style="
             f"{optimizer.lr_decay_style}"
         )
-    return optimizer.lr - share * (optimizer.lr - optimizer.min_lr)
+    return (1.0 - share) * optimizer.lr + share * optimizer.min_lr

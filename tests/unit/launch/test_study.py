@@ -1,0 +1,87 @@
+"""The study's statistics, and its cells: every one starts from something that exists by then."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lopd_megatron.launch.study_report import table
+from lopd_megatron.launch.study_statistics import Claim, interval, quality
+from recipes.tiny_study import Study
+from recipes.tiny_study_claims import CLAIMS
+
+
+def results(**cells: list[float]) -> dict[str, dict[int, Any]]:
+    return {
+        name: {seed: {"test": {"greedy": {"value": v}}} for seed, v in enumerate(values)}
+        for name, values in cells.items()
+    }
+
+
+def claim(margin: float = 0.0, less: tuple[str, str] | None = None) -> Claim:
+    return Claim("paper", "a beats b", "a", "b", quality("greedy"), "points", 100.0, margin, less)
+
+
+def test_an_interval_covers_the_mean_as_often_as_it_says() -> None:
+    """2,000 draws of five values: 95 % ± 1.5 %, three standard errors of that share."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(2000):
+        found = interval(rng.normal(1.0, 2.0, 5).tolist())
+        assert found is not None
+        assert found.half is not None
+        covered += abs(found.mean - 1.0) <= found.half
+    assert covered / 2000 == pytest.approx(0.95, abs=0.015)
+
+
+def test_verdicts() -> None:
+    assert claim().verdict(results(a=[0.9, 0.91, 0.92], b=[0.5, 0.51, 0.5])) == "**holds**"
+    assert claim().verdict(results(a=[0.5, 0.51, 0.5], b=[0.9, 0.91, 0.92])) == "**does not hold**"
+    assert claim().verdict(results(a=[0.5, 0.9], b=[0.6, 0.6])) == "open"
+    assert claim().verdict(results(a=[0.9], b=[0.5])) == "one seed: open"
+    assert claim().verdict(results(a=[0.9])) == "not run"
+
+
+def test_pairs_are_made_by_seed() -> None:
+    """Seeds differ far more than the two cells do; the paired difference is exactly one point."""
+    b = [0.1, 0.5, 0.9]
+    found = claim().difference(results(a=[v + 0.01 for v in b], b=b))
+    assert found is not None
+    assert found.mean == pytest.approx(0.01)
+    assert found.half == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_margin_and_a_difference_of_differences() -> None:
+    close = results(a=[0.895, 0.894, 0.896], b=[0.9, 0.9, 0.9])
+    assert claim(margin=0.01).verdict(close) == "**holds**"
+    assert claim().verdict(close) == "**does not hold**"
+    both = results(a=[0.9, 0.9], b=[0.5, 0.5], c=[0.9, 0.9], d=[0.8, 0.8])
+    found = claim(less=("c", "d")).difference(both)
+    assert found is not None
+    assert found.mean == pytest.approx(0.3)
+
+
+def test_cells_can_run_in_their_order() -> None:
+    cells = Study(3).cells()
+    done: set[str] = set()
+    for cell in cells:
+        assert set(cell.needs) <= done, cell.name
+        assert cell.name not in done
+        done.add(cell.name)
+    folders = [str(part.config.paths.run_dir) for cell in cells for part in cell.parts]
+    assert len(folders) == len(set(folders))
+    for cell in cells:
+        for part in cell.parts:
+            part.config.check()
+
+
+def test_claims_speak_of_cells_that_exist() -> None:
+    names = {cell.name for cell in Study(0).cells()}
+    assert {cell for one in CLAIMS for cell in one.cells()} <= names
+
+
+def test_tables_are_markdown() -> None:
+    assert table(("a", "b"), [("1", "2")]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+    assert table(("a",), []) == ""
