@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib.util
+import inspect
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,18 +51,20 @@ def recipe_module(path: Path) -> Any:
     assert module_spec is not None
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses look their module up
     module_spec.loader.exec_module(module)
     return module
 
 
 def recipe_names(module: Any) -> list[str]:
-    """Public functions defined in a recipe module whose return annotation is RunConfig."""
+    """Public functions of a recipe module that need no argument and are annotated to return RunConfig."""
     return [
         name
         for name, value in vars(module).items()
         if callable(value)
         and not name.startswith("_")
         and getattr(value, "__annotations__", {}).get("return") in ("RunConfig", RunConfig)
+        and all(p.default is not p.empty for p in inspect.signature(value).parameters.values())
     ]
 
 

@@ -81,12 +81,13 @@ def stages(config: RunConfig, recipe: str, overrides: Sequence[str] = ()) -> lis
         resources: StageResources = getattr(wanted, name)
         if kind != "array" and resources.array > 1:
             raise UserError(
-                f"launch.stages.{name}.array={resources.array}: only rollouts and score are arrays"
+                f"launch.stages.{name}.array={resources.array}: only rollouts, score and evaluate are arrays"
             )
         if kind != "torchrun" and resources.nodes > 1:
             raise UserError(
-                f"launch.stages.{name}.nodes={resources.nodes}: only train spans nodes; "
-                "give rollouts, score and evaluate more workers with array"
+                f"launch.stages.{name}.nodes={resources.nodes}: this stage runs on one node; "
+                "rollouts, score and evaluate take more workers with array, training with online.enabled "
+                "more nodes with online.student_url and online.teacher_url"
             )
         return Stage(
             config.name,
