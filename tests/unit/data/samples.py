@@ -6,7 +6,6 @@ import faulthandler
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -139,13 +138,13 @@ def save_vocabulary(folder: Path, words: Sequence[str]) -> None:
 
 
 def forked(work: Callable[[], object], *, kill_after: float | None = None) -> int:
-    """Run `work` in a forked process, kill −9 it after so many seconds; its exit code, −signal for a signal."""
+    """Run `work` in a forked process, perhaps kill −9 it after so many seconds; exit code, or −signal."""
     child = os.fork()
     if not child:
         code = 1
         try:
             faulthandler.disable()
-            sys.stderr = open(os.devnull, "w")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             work()
             code = 0
         finally:

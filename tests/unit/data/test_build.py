@@ -176,6 +176,12 @@ def test_two_builds_of_one_prefix(tmp_path: Path) -> None:
         write_dataset(tmp_path / "x", documents(1))
 
 
+def refusal(prefix: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        write_dataset(prefix, documents(6, seed=2))
+    return str(caught.value)
+
+
 def test_a_full_disk_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ENOSPC at the n-th flush to the disk: one line for the user, and the finished dataset stays whole."""
     prefix = tmp_path / "x"
@@ -192,12 +198,8 @@ def test_a_full_disk_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(os, "fsync", full)
     for calls[1] in range(1, 100):
         calls[0] = 0
-        try:
-            write_dataset(prefix, documents(6, seed=2))
-        except UserError as error:
-            assert "No space left on device; free space on the disk" in str(error)
-        else:
-            break
+        message = refusal(prefix)
+        assert "No space left on device; free space on the disk" in message
         if (tmp_path / "x.building" / "manifest.json").exists() or files_of(prefix) != before:
             # Renaming needs no space: all data was on the disk when it failed, and a rerun completes it.
             monkeypatch.setattr(os, "fsync", real)

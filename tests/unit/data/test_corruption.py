@@ -35,7 +35,7 @@ def flip_bit_of_manifest(folder: Path, rng: np.random.Generator) -> str:
     path = folder / "train.manifest.json"
     content = bytearray(path.read_bytes().rstrip())  # the newline at the end means nothing
     content[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
-    if same_json(content, path.read_bytes()):
+    if same_json(bytes(content), path.read_bytes()):
         content[0] ^= 1
     path.write_bytes(content)
     return path.name
@@ -153,20 +153,14 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("fault", "count"), FAULTS, ids=lambda value: getattr(value, "__name__", ""))
 def test_every_fault_is_refused(good: Path, ram_path: Path, fault: Fault, count: int) -> None:
-    silent = []
     for seed in range(count):
         folder = ram_path / str(seed)
         shutil.copytree(good, folder)
         name = fault(folder, np.random.default_rng(seed))
-        try:
+        with pytest.raises(UserError) as caught:
             open_dataset([folder / "train"]).verify()
-        except UserError as error:
-            assert name in str(error)
-            assert str(folder) in str(error)
-        else:
-            silent.append(seed)
+        assert str(folder / name) in str(caught.value)
         shutil.rmtree(folder)
-    assert silent == []
 
 
 def test_the_undamaged_copy_passes(good: Path, tmp_path: Path) -> None:
@@ -189,19 +183,15 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
     check_consistency(student=student, teacher=teacher, data=known, data_origin=prefix)
     for seed in range(50):
         other = save_model(tmp_path / f"other{seed}", seed=100 + seed)
-        models = {"student": student, "teacher": teacher}
+        models = [student, teacher]
         if seed % 3 < 2:
-            models[("student", "teacher")[seed % 3]] = other
+            models[seed % 3] = other
         else:
-            models = {name: copy_model(path, tmp_path / f"{name}{seed}") for name, path in models.items()}
-            for path in models.values():
+            models = [Path(shutil.copytree(path, tmp_path / f"{path.name}{seed}")) for path in models]
+            for path in models:
                 save_vocabulary(path, ("<pad>", "a", "b", f"word{seed}"))
         with pytest.raises(UserError) as caught:
-            check_consistency(**models, data=known, data_origin=prefix)
+            check_consistency(student=models[0], teacher=models[1], data=known, data_origin=prefix)
         message = str(caught.value)
         assert str(prefix) in message
         assert "lineage.allow_mismatch=REASON" in message
-
-
-def copy_model(source: Path, target: Path) -> Path:
-    return Path(shutil.copytree(source, target))
