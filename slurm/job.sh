@@ -66,6 +66,7 @@ check_nodes() {
 run_stage() {
   local logs=$1 code=0
   shift
+  [ $stopping = 0 ] || finish $EXIT_REQUEUE
   if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
     set -- "$@" --worker "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT"
   fi

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+import torch
+
 from tests.slurm.conftest import Submit
 from tests.slurm.lab import SlurmLab
 
@@ -71,6 +74,18 @@ def test_an_early_stop_goes_on_before_the_next_stage(lab: SlurmLab, submit: Subm
     log = (tmp_path / f"train-{train}_4294967294.batch.log").read_text()
     assert log.count("exit code 85: requeue") == 1
     assert "attempt 1: done" in log
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the nodes of the lab have GPUs in name only")
+def test_the_health_check_names_the_bad_nodes(lab: SlurmLab, submit: Submit, tmp_path: Path) -> None:
+    """The lab's GPUs are /dev/null. Training does not start."""
+    options = ("--nodes=2", "--gpus-per-node=1", "--export=ALL,LOPD_HEALTH_CHECK=1")
+    job = submit("train", "touch", f"{tmp_path}/trained", options=options, retries=0)
+    assert lab.wait(job, 300)["JobState"] == "FAILED"
+    log = (tmp_path / f"train-{job}_4294967294.batch.log").read_text()
+    assert "node n1: 0 of 1 GPUs are visible" in log
+    assert "node n2: 0 of 1 GPUs are visible" in log
+    assert not (tmp_path / "trained").exists()
 
 
 def test_term_on_srun_leaves_no_time_to_save(lab: SlurmLab, tmp_path: Path) -> None:
