@@ -73,7 +73,7 @@ class VllmServer:
         devices: str = "",
         port: int | None = None,
     ) -> None:
-        """`devices`: its CUDA_VISIBLE_DEVICES, "" for what this process sees."""
+        """`devices`: its CUDA_VISIBLE_DEVICES; only a host without GPUs goes without."""
         self.name, self.log, self.devices = name, log, devices
         self.port = port if port is not None else free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -81,6 +81,11 @@ class VllmServer:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> VllmServer:
+        if torch.cuda.is_available() and not self.devices:
+            raise UserError(
+                f"{self.name}: no GPUs are named for it; set online.student_devices and online.teacher_devices "
+                "to numbers such as 4,5 that the training's CUDA_VISIBLE_DEVICES leaves free"
+            )
         self.log.parent.mkdir(parents=True, exist_ok=True)
         environment = os.environ | QUIET_ENVIRONMENT | {"VLLM_SERVER_DEV_MODE": "1"}
         if not torch.cuda.is_available():
