@@ -83,8 +83,8 @@ class VllmServer:
     def start(self) -> VllmServer:
         if torch.cuda.is_available() and not self.devices:
             raise UserError(
-                f"{self.name}: no GPUs are named for it; set online.student_devices and online.teacher_devices "
-                "to numbers such as 4,5 that the training's CUDA_VISIBLE_DEVICES leaves free"
+                f"{self.name}: no GPUs are named for it; set online.student_devices and "
+                "online.teacher_devices to some, as in 4,5, that the training's CUDA_VISIBLE_DEVICES leaves free"
             )
         self.log.parent.mkdir(parents=True, exist_ok=True)
         environment = os.environ | QUIET_ENVIRONMENT | {"VLLM_SERVER_DEV_MODE": "1"}
