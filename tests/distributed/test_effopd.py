@@ -59,26 +59,32 @@ def export(trainer: Any, folder: Path) -> None:
     export_hf(chunks, trainer.spec, trainer.topology, folder, trainer.config.model.student)
 
 
-def extrapolate(out: str, cases: list[tuple[str, str, dict[str, Any]]]) -> None:
+def extrapolate(out: str, cases: list[tuple[str, str, dict[str, Any]]]) -> dict[str, list[float]]:
     """From `inputs/student` to `inputs/moved`: export the points m = 6 and m = −1 as HF folders.
 
-    `cases`: (inputs, name, settings).
+    `cases`: (inputs, name, settings). Returns the held-out score of the student and of both points.
     """
     from lopd_megatron.effopd.optimizer_shards import publish
+    from lopd_megatron.launch.effopd import HeldOutForward
     from lopd_megatron.model.weights import load_hf
 
+    scores = {}
     for inputs, name, settings in cases:
         valid = {"data__valid_prefixes": [f"{inputs}/train"]}
         config = tiny_config(Path(inputs), Path(out), **settings, **EFFOPD, **valid)
         hook = hook_for(config)
         trainer = tiny_trainer(config, hooks=[hook])
+        score = HeldOutForward(config)
+        scores[name] = [score(trainer).value]
         load_hf([c.module for c in trainer.model], f"{inputs}/moved", trainer.spec, trainer.topology)
         trainer.optimizer.reload_model_params()
         hook.extrapolation.line.begin()
         for multiplier in (MULTIPLIER, -1):
             hook.extrapolation.line.move(multiplier)
             publish(trainer.model, trainer.optimizer)
+            scores[name].append(score(trainer).value)
             export(trainer, Path(out) / f"{name}{multiplier}")
+    return scores
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +97,7 @@ def with_moved_student(folder: Path) -> Path:
     generator = torch.Generator().manual_seed(11)
     old = load_file(folder / "student" / "model.safetensors")
     (folder / "moved").mkdir()
-    moved = {name: t + 0.01 * torch.randn(t.shape, generator=generator) for name, t in old.items()}
+    moved = {name: t + 0.03 * torch.randn(t.shape, generator=generator) for name, t in old.items()}
     save_file(moved, folder / "moved" / "model.safetensors")
     (folder / "moved" / "config.json").write_text((folder / "student" / "config.json").read_text())
     return folder
@@ -116,7 +122,13 @@ def test_every_layout_gives_the_bits_of_one_rank(inputs: Path, tmp_path: Path) -
     moe = with_moved_student(write_inputs(tmp_path / "moe", "qwen3_moe"))
     cases = [(inputs, name, settings) for name, settings in LAYOUTS.items()]
     cases += [(moe, name, settings) for name, settings in MOE_LAYOUTS.items()]
-    run_world(extrapolate, 4, str(tmp_path), [(str(folder), *case) for folder, *case in cases])
+    results = run_world(extrapolate, 4, str(tmp_path), [(str(folder), *case) for folder, *case in cases])
+    for scores in results:
+        for name in LAYOUTS:
+            # bfloat16 activations are good to 0.4 %; float32 sums in another order to some 1e-7.
+            tolerance = 1e-2 if name.startswith("bf16") else 1e-5
+            assert scores[name] == pytest.approx(results[0]["TP1 PP1"], rel=tolerance), name
+        assert abs(scores["TP1 PP1"][1] / scores["TP1 PP1"][0] - 1) > 1e-3  # the points do differ
     for folder, name, _ in cases:
         dtype = torch.bfloat16 if name.startswith("bf16") else torch.float32
         for multiplier, tensors in expected_tensors(folder, dtype).items():
