@@ -40,7 +40,7 @@ class FiniteCheck:
         """
         bad = ~values.isfinite().all(0)
         self._seen.append(_Seen(bad, tokens, document_indices))
-        count = torch.tensor(tokens.count, dtype=torch.float64, device=bad.device)
+        count = torch.full((), tokens.count, dtype=torch.float64, device=bad.device)
         return {NONFINITE: torch.stack([bad.sum().double(), count])}
 
     def raise_if_any(self, pooled: Mapping[str, torch.Tensor]) -> None:

@@ -36,7 +36,8 @@ def token_report(
     `drift_kl_decile_i` likewise.
     Values of the teacher and of the rollout policy are there where the dataset has the column.
     """
-    count = torch.tensor(tokens.count, dtype=torch.float64, device=tokens.rows.device)
+    # Filled on the device: copying a number there would wait for it.
+    count = torch.full((), tokens.count, dtype=torch.float64, device=tokens.rows.device)
 
     def mean_of(values: torch.Tensor) -> torch.Tensor:
         return torch.stack([values.double().sum(), count])
