@@ -23,22 +23,26 @@ MEMORY_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "262144"}
 
 
 def interleaved(
-    variants: dict[str, Callable[[], None]], rounds: int, *, reset: Callable[[], None]
+    variants: dict[str, Callable[[], Any]],
+    rounds: int,
+    *,
+    reset: Callable[[], None],
+    clock: Callable[[], float] = time.process_time,
 ) -> dict[str, float]:
-    """Minimum CPU seconds of each variant after a warm-up round; `spread`: the largest (median − min)/min."""
+    """Minimum seconds of each variant after a warm-up round; `spread`: the largest (median − min)/min."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds + 1):
         for name, run in variants.items():
             reset()
-            start = time.process_time()
+            start = clock()
             run()
-            seconds[name].append(time.process_time() - start)
+            seconds[name].append(clock() - start)
     kept = {name: values[1:] for name, values in seconds.items()}
     spread = max(statistics.median(values) / min(values) - 1 for values in kept.values())
     return {**{name: min(values) for name, values in kept.items()}, "spread": spread}
 
 
-def peak_mb(run: Callable[[], None]) -> float:
+def peak_mb(run: Callable[[], Any]) -> float:
     """Megabytes of resident memory that `run` adds at its highest point. Linux."""
     with contextlib.suppress(OSError):  # not glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)

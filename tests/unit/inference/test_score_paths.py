@@ -60,7 +60,7 @@ SHAPE = ModelShape(2, 2, 32, 151936, 4096, {})
 
 
 def test_the_scoring_batch_follows_memory_and_vocabulary() -> None:
-    assert scoring_batch_tokens(151936, 12 * 151936 * 4000) == 4000
+    assert scoring_batch_tokens(151936, 17 * 151936 * 4000) == 4000
     assert scoring_batch_tokens(151936, 1) == 256
 
 

@@ -1,0 +1,105 @@
+"""Kills the rollout and scoring stages with SIGKILL while vLLM works, and starts them again.
+
+    python -m tests.e2e.kill_engine FOLDER KILLS_OF_ROLLOUTS KILLS_OF_SCORING
+
+Every run is forked from this process, which has imported vLLM once. Prints one JSON object: how often a
+stage was killed, and whether the shards are those of an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from lopd_megatron.config import EngineConfig, RunConfig
+from lopd_megatron.inference import stages
+from lopd_megatron.inference.engine import CPU_ENVIRONMENT, QUIET_ENVIRONMENT
+from lopd_megatron.inference.prompts import run_prompts
+from tests.e2e.random_models import VOCABULARY, save_model
+from tests.unit.inference.pipeline import hashes
+
+STAGES = {"rollouts": stages.run_rollouts, "scored": stages.run_scoring}
+
+
+def make_config(root: Path, run: str) -> RunConfig:
+    config = RunConfig(run_dir=str(root / run))
+    config.model.student, config.model.teacher = str(root / "student"), str(root / "teacher")
+    config.prompts.input = [str(root / "prompts.jsonl")]
+    config.prompts.apply_chat_template = False
+    config.prompts.num_shards = 12
+    config.prompts.max_prompt_tokens = 40
+    config.rollout.max_response_tokens = 100
+    config.rollout.num_samples_per_prompt = 2
+    for section in (config.rollout, config.scoring):
+        section.engine = EngineConfig(max_model_len=150, max_num_seqs=8, max_num_batched_tokens=256)
+    return config
+
+
+def main(root: Path, kills: dict[str, int]) -> None:
+    save_model(root / "student", 0)
+    save_model(root / "teacher", 1)
+    random = np.random.default_rng(0)
+    with (root / "prompts.jsonl").open("w") as lines:
+        for _ in range(120):
+            words = [f"w{token}" for token in random.integers(4, VOCABULARY, random.integers(1, 30))]
+            lines.write(json.dumps({"prompt": " ".join(words)}) + "\n")
+    runs = {name: make_config(root, name) for name in ("undisturbed", "killed")}
+    for config in runs.values():
+        run_prompts(config)
+    os.environ |= CPU_ENVIRONMENT | QUIET_ENVIRONMENT
+    from vllm import LLMEngine  # noqa: F401  (or each fork below would pay for it)
+
+    done, killed = 0, dict.fromkeys(STAGES, 0)
+    for name, stage in STAGES.items():
+        _wait(_fork(lambda stage=stage: stage(runs["undisturbed"], stages.Share())))  # type: ignore[misc]
+        folder = root / "killed" / name
+        for _ in range(kills[name]):
+            child = _fork(lambda stage=stage: stage(runs["killed"], stages.Share()))  # type: ignore[misc]
+            before = _committed(folder)
+            while _committed(folder) == before and _is_running(child):
+                time.sleep(0.002)
+            time.sleep(random.uniform(0, 0.05))
+            if _is_running(child):
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                killed[name] += 1
+        _wait(_fork(lambda stage=stage: stage(runs["killed"], stages.Share())))  # type: ignore[misc]
+        done += _committed(folder)
+    same = hashes(root / "undisturbed") == hashes(root / "killed")
+    print(json.dumps({"killed": killed, "shards": done, "same": same}))
+
+
+def _committed(folder: Path) -> int:
+    return len(list(folder.glob("shard-*.json")))
+
+
+def _fork(work: Callable[[], int]) -> int:
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            code = work()
+        finally:
+            os._exit(code)
+    return child
+
+
+def _is_running(child: int) -> bool:
+    """Whether the child goes on; a finished one is left for `waitpid`."""
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+
+def _wait(child: int) -> None:
+    _, status = os.waitpid(child, 0)
+    assert status == 0, f"a stage ended with status {status}"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), {"rollouts": int(sys.argv[2]), "scored": int(sys.argv[3])})
