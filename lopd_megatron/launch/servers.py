@@ -84,7 +84,7 @@ class VllmServer:
         if torch.cuda.is_available() and not self.devices:
             raise UserError(
                 f"{self.name}: no GPUs are named for it; set online.student_devices and "
-                "online.teacher_devices to some, as in 4,5, that the training's CUDA_VISIBLE_DEVICES leaves free"
+                "online.teacher_devices (as in 4,5) to some that CUDA_VISIBLE_DEVICES does not hold"
             )
         self.log.parent.mkdir(parents=True, exist_ok=True)
         environment = os.environ | QUIET_ENVIRONMENT | {"VLLM_SERVER_DEV_MODE": "1"}
