@@ -276,20 +276,28 @@ class VllmEngine:
                 f"token ids must be between 0 and {self.vocab_size - 1} and at least one: "
                 f"{len(tokens)} tokens, {min(tokens, default=None)} to {max(tokens, default=None)}"
             )
-        self._engine.add_request(name, {"prompt_token_ids": tokens}, parameters)
+        with _lost_engines():
+            self._engine.add_request(name, {"prompt_token_ids": tokens}, parameters)
 
     def _step(self) -> list[Any]:
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         self.on_step()
-        try:
+        with _lost_engines():
             return self._engine.step()
-        except (EngineDeadError, MemoryError, torch.OutOfMemoryError) as error:
-            raise EngineLost(f"{type(error).__name__}: {error}") from error
-        except RuntimeError as error:
-            if "memory" in str(error).lower():  # the CPU allocator has no exception of its own
-                raise EngineLost(str(error)) from error
-            raise
+
+
+@contextlib.contextmanager
+def _lost_engines() -> Iterator[None]:
+    """Whatever says that the engine died or ran out of memory, as `EngineLost`."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except (EngineDeadError, MemoryError, torch.OutOfMemoryError) as error:
+        raise EngineLost(f"{type(error).__name__}: {error}") from error
+    except RuntimeError as error:
+        if "memory" in str(error).lower():  # the CPU allocator has no exception of its own
+            raise EngineLost(str(error)) from error
+        raise
 
 
 def _take_apart_closed() -> None:

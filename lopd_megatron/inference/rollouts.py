@@ -1,4 +1,9 @@
-"""Prompts → rollouts: responses sampled by the student or the teacher, as token ids with log-probs."""
+"""Prompts → rollouts: responses sampled by the student or the teacher, as token ids with log-probs.
+
+The seed of a document follows from its id, so shards, batches, workers and restarts do not change it. On CPU
+the response is then the same, bit for bit. On CUDA vLLM's kernels depend on what shares the batch, and a
+document made again can leave its old path at a near tie; what was written is kept as it is.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from lopd_megatron.config import EngineConfig
-from lopd_megatron.inference.engine import VllmEngine
+from lopd_megatron.inference import shards
+from lopd_megatron.inference.engine import VllmEngine, _lost_engines
+from lopd_megatron.inference.prompts import prompt_id, write_prompts
 from lopd_megatron.inference.requests import (
     Failure,
     Generation,
@@ -21,8 +23,12 @@ from lopd_megatron.inference.requests import (
     ScoreRequest,
     document_seed,
 )
+from lopd_megatron.inference.rollouts import RolloutStage
 from lopd_megatron.inference.score_paths import choose_path
 from lopd_megatron.inference.scoring import score_tokens
+from lopd_megatron.inference.worker import Worker
+from lopd_megatron.lineage import Lineage
+from lopd_megatron.records import ROLLOUT_SCHEMA
 from tests.e2e.random_models import EOS, MAX_POSITIONS, VOCABULARY, reference, save_model
 
 pytestmark = pytest.mark.vllm
@@ -134,16 +140,55 @@ def test_weights_are_replaced_in_place(scorer, folders, models, documents) -> No
     assert scorer.reload(str(folders["a"]))
 
 
-@pytest.fixture(scope="module")
-def generator(scorer: VllmEngine, folders: dict[str, Path]) -> Iterator[VllmEngine]:
-    """A second engine, after the first one was closed: evaluation does this between architectures."""
-    scorer.close()
-    engine = VllmEngine(str(folders["a"]), CONFIG, task="generate")
-    yield engine
-    engine.close()
-
-
 SAMPLING = Sampling(1.0, 1.0, 40, (EOS,))
+
+
+@pytest.fixture(scope="module")
+def generator(
+    scorer: VllmEngine, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[VllmEngine]:
+    """The engine that took over the rollouts of one that ran out of memory; both write to `folder`."""
+    root = tmp_path_factory.mktemp("oom")
+    prompts = [[5 + i, 6, 7] for i in range(20)]
+    rows = [{"prompt_id": prompt_id(p), "prompt_tokens": p, "answer": None, "source": ""} for p in prompts]
+    write_prompts(root / "prompts", rows, 2, Lineage())
+    work = Worker(RolloutStage(SAMPLING, 1, 7, Lineage()), root / "prompts", root / "rollouts", 2)
+    scorer._step = out_of_memory_after(scorer._step, 30)  # type: ignore[method-assign]
+
+    def open_engine(config: EngineConfig) -> VllmEngine:
+        assert (config.max_num_seqs, config.max_num_batched_tokens) == (4, 256)
+        return VllmEngine(str(folders["a"]), config, task="generate")
+
+    assert work.run(scorer, CONFIG.model_copy(update={"max_num_batched_tokens": 512}), open_engine) == 0
+    assert isinstance(work.engine, VllmEngine)
+    assert work.engine is not scorer
+    work.engine.rollouts_after_oom = root / "rollouts"  # type: ignore[attr-defined]
+    yield work.engine
+    work.engine.close()
+
+
+def out_of_memory_after(step: Callable[[], list], steps: int) -> Callable[[], list]:
+    left = iter(range(steps))
+
+    def run() -> list:
+        if next(left, None) is None:
+            with _lost_engines():
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return step()
+
+    return run
+
+
+def test_out_of_memory_opens_a_smaller_engine(generator: VllmEngine) -> None:
+    folder = generator.rollouts_after_oom  # type: ignore[attr-defined]
+    rows = [row for i in range(2) for row in shards.read_table(folder, i, ROLLOUT_SCHEMA).to_pylist()]
+    assert len({row["document_id"] for row in rows}) == len(rows) == 20
+    requests = [
+        GenerationRequest((0, i), row["prompt_tokens"], document_seed(7, row["document_id"]))
+        for i, row in enumerate(rows)
+    ]
+    for row, answer in zip(rows, in_order(generator.generate(requests, SAMPLING)), strict=True):
+        assert row["response_tokens"] == answer.response_tokens
 
 
 def generation_requests() -> list[GenerationRequest]:
