@@ -2,7 +2,7 @@
 
 Loss, gradient norm and the update of every weight over three steps. Adam divides by the root of the second
 moment, which turns rounding noise in a vanishing gradient into a full step, so these runs use adam_eps 1e-3:
-then the update is a smooth function of the gradient and can be compared to 2e-4 of its norm (observed 2e-5).
+then the update is a smooth function of the gradient and can be compared like one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ from tests.distributed.world import run_world
 pytestmark = pytest.mark.dist
 
 STEPS = 3
-TOLERANCE = 2e-4
+STEP_TOLERANCE = 2e-5  # loss and gradient norm against float64
+LAYOUT_TOLERANCE = 5e-6  # and between layouts, which differ in the order of sums alone
+UPDATE_TOLERANCE = 1e-4  # the rounding of float32 weights to which an update is added: observed 3e-5
+LAYOUT_UPDATE_TOLERANCE = 2e-5  # observed 4e-6
 
 LIGHTNING: dict[str, Any] = {"loss__advantage_clip": 2.0}
 TOPK_PER_SEQUENCE: dict[str, Any] = {
@@ -161,18 +164,29 @@ def test_layouts_take_the_steps_of_transformers(
     layouts = CASES[family, objective]
     settings = [layout | OBJECTIVES[objective] for layout in layouts.values()]
     results = run_world(trained_in_layouts, 4, str(inputs / family), str(tmp_path), settings)
+    first = results[0][0]
     for number, name in enumerate(layouts):
         for rank in range(4):
-            torch.testing.assert_close(
-                torch.tensor(results[rank][number].steps),
-                torch.tensor(expected.steps),
-                rtol=2e-5,
-                atol=1e-6,
-                msg=lambda text, where=f"{name}, rank {rank}": f"{where}: {text}",
-            )
-        error = update_error(results[0][number], expected)
-        print(f"{family} {objective} {name}: update {error:.1e}")
-        assert error < TOLERANCE, name
+            seen = results[rank][number].steps
+            where = f"{name}, rank {rank}: {seen}"
+            assert largest_difference(seen, expected.steps) < STEP_TOLERANCE, where
+            assert largest_difference(seen, first.steps) < LAYOUT_TOLERANCE, where
+        against_float64 = update_error(results[0][number], expected)
+        between_layouts = update_error(results[0][number], first)
+        print(
+            f"{family} {objective} {name}: {against_float64:.1e}, to the first layout {between_layouts:.1e}"
+        )
+        assert against_float64 < UPDATE_TOLERANCE, name
+        assert between_layouts < LAYOUT_UPDATE_TOLERANCE, name
+
+
+def largest_difference(seen: list[tuple[float, float]], expected: list[tuple[float, float]]) -> float:
+    """Relative, over the losses and gradient norms of all steps."""
+    return max(
+        abs(a / b - 1)
+        for step, other in zip(seen, expected, strict=True)
+        for a, b in zip(step, other, strict=True)
+    )
 
 
 def mean_of_means(trainer: Any) -> None:
