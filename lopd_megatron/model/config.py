@@ -261,7 +261,6 @@ def _execution(config: RunConfig, attention: str) -> dict[str, Any]:
         "use_cpu_initialization": True,
         "perform_initialization": False,
         "batch_p2p_comm": False,
-        "cp_comm_type": "all_gather",
         # SwiGLU as one autograd function: it keeps its input and not what is computed on the way.
         "bias_activation_fusion": True,
         # These kernels need apex or Transformer Engine.

@@ -35,7 +35,7 @@ class StudentModel(GPTModel):
             input_ids=batch.tokens if self.pre_process else None,
             position_ids=None,  # rotary positions follow cu_seqlens
             attention_mask=None,
-            packed_seq_params=packed_seq_params(batch),
+            packed_seq_params=packed_seq_params(batch, self.config.context_parallel_size),
         )
 
     real_vocab_size: int
@@ -56,13 +56,18 @@ class StudentModel(GPTModel):
         return self.output_layer.weight
 
 
-def packed_seq_params(batch: MicroBatch) -> PackedSeqParams:
+def packed_seq_params(batch: MicroBatch, context_parallel_size: int) -> PackedSeqParams:
     """Megatron-Core's description of a packed row."""
     cu_seqlens = batch.cu_seqlens
+    # Transformer Engine wants the padded bounds under context parallelism, and elsewhere compares them on the
+    # host. Documents are padded inside, so both are the same.
+    padded = cu_seqlens if context_parallel_size > 1 else None
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
     )
