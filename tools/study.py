@@ -147,7 +147,12 @@ def work(study: Study, cells: list[Cell]) -> int:
 
     problems = f"{study.models}/task/problems"
     runner = StudyRunner(
-        Path(study.root), study.seed, study.held_out, f"{problems}/valid.jsonl", f"{problems}/test.jsonl"
+        Path(study.root),
+        study.seed,
+        pretraining("base"),
+        study.held_out,
+        valid=f"{problems}/valid.jsonl",
+        test=f"{problems}/test.jsonl",
     )
     for number, cell in enumerate(cells, start=1):
         if cell.result_path.exists():

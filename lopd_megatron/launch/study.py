@@ -31,18 +31,21 @@ EFFOPD_PROBLEMS = 50
 class StudyRunner:
     """Runs cells of one seed on one workbench. `held_out` is made when a score of EffOPD asks for it."""
 
-    def __init__(self, root: Path, seed: int, held_out: Data, valid: str, test: str) -> None:
+    def __init__(
+        self, root: Path, seed: int, config: RunConfig, held_out: Data, valid: str, test: str
+    ) -> None:
+        """`config` says how all cells read, sample and grade problems; `valid` and `test` are their files."""
+        self.bench = Workbench(config.evaluation.engine, config.evaluation.max_response_tokens)
+        self.config = config
         self.root = root
         self.seed = seed
         self.held_out = held_out
         self._files = {"valid": valid, "test": test}
         self._problems: dict[str, list[Problem]] = {}
-        self._bench: Workbench | None = None
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Train and measure; what result.json holds."""
         config = cell.parts[-1].config
-        bench = self._open(config)
         result: dict[str, Any] = {
             "cell": cell.name,
             "group": cell.group,
@@ -54,32 +57,34 @@ class StudyRunner:
         }
         done = 0
         for part in cell.parts:
-            self._run_part(bench, part, result, done)
+            self._run_part(part, result, done)
             done += part.config.train.train_iters
         folder = str(config.paths.hf)
         for split in ("valid", "test"):
             grader = config.evaluation.grader
-            result[split] = bench.measure(folder, cell.teacher, self._split(split, config), grader=grader)
+            result[split] = self.bench.measure(folder, cell.teacher, self._split(split), grader=grader)
         result["config"] = config.model_dump(mode="json")
         return result
 
-    def _run_part(self, bench: Workbench, part: Part, result: dict[str, Any], done: int) -> None:
+    def _run_part(self, part: Part, result: dict[str, Any], done: int) -> None:
         """One run; adds to the seconds and the curve of `result`, whose iterations go on from `done`."""
         config, seconds = part.config.model_copy(deep=True), result["seconds"]
         if part.data is not None:
             config.data.prefixes = [str(self._prefix(part.data))]
-            for stage, spent in self._dataset(bench, part.data, config.rollout.seed).items():
+            for stage, spent in self._dataset(part.data, config.rollout.seed).items():
                 seconds[stage] = seconds.get(stage, 0.0) + spent
-        problems = self._split("valid", config)[:CURVE_PROBLEMS]
+        problems = self._split("valid")[:CURVE_PROBLEMS]
 
         def measure(folder: str) -> dict[str, float]:
-            correct, _, _ = bench.accuracy(folder, problems, grader=config.evaluation.grader, temperature=0.0)
+            correct, _, _ = self.bench.accuracy(
+                folder, problems, grader=config.evaluation.grader, temperature=0.0
+            )
             return mean_and_error(correct)
 
         wanted = [i - done for i in CURVE_ITERATIONS if i > done]
         curve = Curve(wanted, measure, spent=sum(seconds.values()))
-        online = None if part.data else bench.online(config, self._prompts(part.prompts, config))
-        effopd = self._effopd(bench, config)
+        online = None if part.data else self.bench.online(config, self._prompts(part.prompts))
+        effopd = self._effopd(config)
         # The curve sees what EffOPD accepted, and its clock runs while online rollouts and transfers do.
         hooks: list[Hook] = [*effopd, curve, *([online] if online else [])]
         train(config, hooks=hooks, batches=online)
@@ -91,21 +96,21 @@ class StudyRunner:
             result["effopd"] += hook.extrapolation.history
         result["metrics"] = read_metrics(config.paths.metrics)
 
-    def _effopd(self, bench: Workbench, config: RunConfig) -> list[Any]:
+    def _effopd(self, config: RunConfig) -> list[Any]:
         if not config.effopd.enabled:
             return []
         if config.effopd.score == "accuracy":
-            return [EffOPDHook(config.effopd, SampledAccuracy(bench, self._split("valid", config)))]
-        self._dataset(bench, self.held_out, config.rollout.seed)
+            return [EffOPDHook(config.effopd, SampledAccuracy(self.bench, self._split("valid")))]
+        self._dataset(self.held_out, config.rollout.seed)
         config.data.valid_prefixes = [str(self._prefix(self.held_out))]
         return [EffOPDHook(config.effopd, HeldOutForward(config))]
 
-    def _dataset(self, bench: Workbench, data: Data, seed: int) -> dict[str, float]:
+    def _dataset(self, data: Data, seed: int) -> dict[str, float]:
         """Make the dataset unless it is there; the seconds it once took."""
         cost = Path(f"{self._prefix(data)}.seconds.json")
         if not cost.exists():
-            prompts = self._prompts(data.prompts, None)[: data.max_prompts]
-            spent = bench.write_dataset(
+            prompts = self._prompts(data.prompts)[: data.max_prompts]
+            spent = self.bench.write_dataset(
                 self._prefix(data),
                 data.generator,
                 data.teacher,
@@ -120,21 +125,16 @@ class StudyRunner:
     def _prefix(self, data: Data) -> Path:
         return self.root / "data" / data.name
 
-    def _open(self, config: RunConfig) -> Workbench:
-        if self._bench is None:
-            self._config = config
-            self._bench = Workbench(config.evaluation.engine, config.evaluation.max_response_tokens)
-        return self._bench
-
-    def _split(self, name: str, config: RunConfig) -> list[Problem]:
+    def _split(self, name: str) -> list[Problem]:
         if name not in self._problems:
-            self._problems[name] = self._read(self._files[name], config)
+            self._problems[name] = self._read(self._files[name])
         return self._problems[name]
 
-    def _prompts(self, file: str, config: RunConfig | None) -> list[Prompt]:
-        return [problem.prompt for problem in self._read(file, config or self._config)]
+    def _prompts(self, file: str) -> list[Prompt]:
+        return [problem.prompt for problem in self._read(file)]
 
-    def _read(self, file: str, config: RunConfig) -> list[Problem]:
+    def _read(self, file: str) -> list[Problem]:
+        config = self.config
         tokenizer = load_tokenizer(config.model.student)
         template = Template(tokenizer, config.prompts.apply_chat_template, config.prompts.enable_thinking)
         section = config.evaluation.model_copy(update={"input": [file]})

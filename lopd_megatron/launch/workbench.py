@@ -38,6 +38,9 @@ from lopd_megatron.train.state import BatchSource, Hook, StepResult, Trainer
 
 MAX_TOPK = 32
 
+Stamp = tuple[str, tuple[tuple[str, int], ...]]
+"""A folder and the modification times of its weights: the same name gets new weights all the time."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -56,7 +59,7 @@ class LocalModel:
 
     def reload(self, folder: str, version: str) -> None:
         self.folder = folder
-        self.bench.engine(folder, fresh=True)
+        self.bench.engine(folder)
 
     def generate(self, requests: Iterable[GenerationRequest], sampling: Sampling) -> list[Generation]:
         return _in_order(self.bench.engine(self.folder).generate(requests, sampling))
@@ -71,18 +74,20 @@ class Workbench:
     def __init__(self, config: EngineConfig, max_response_tokens: int) -> None:
         self._config = config
         self._max_response_tokens = max_response_tokens
-        self._engines: list[VllmEngine] = []
+        self._engines: list[tuple[VllmEngine, Stamp]] = []
 
-    def engine(self, folder: str, *, fresh: bool = False) -> VllmEngine:
-        """An engine with the weights of `folder`; `fresh` reads them again although the name is the same."""
-        for engine in self._engines:
-            if engine.model == folder and not fresh:
+    def engine(self, folder: str) -> VllmEngine:
+        """An engine with the weights that are in `folder` now."""
+        stamp = _stamp(folder)
+        for place, (engine, loaded) in enumerate(self._engines):
+            if loaded == stamp:
                 return engine
-        for engine in self._engines:
             if engine.reload(folder):
+                self._engines[place] = (engine, stamp)
                 return engine
-        self._engines.append(VllmEngine(folder, self._config, task="generate", max_topk=MAX_TOPK))
-        return self._engines[-1]
+        engine = VllmEngine(folder, self._config, task="generate", max_topk=MAX_TOPK)
+        self._engines.append((engine, stamp))
+        return engine
 
     def sampling(self, folder: str, temperature: float) -> Sampling:
         return Sampling(temperature, 1.0, self._max_response_tokens, stop_token_ids(folder))
@@ -245,6 +250,11 @@ def _ratio_and_error(sums: Sequence[float], counts: Sequence[int]) -> dict[str, 
     value = total.sum() / count.sum()
     error = (total - value * count).std(ddof=1) / count.mean() / math.sqrt(len(count))
     return {"value": float(value), "standard_error": float(error)}
+
+
+def _stamp(folder: str) -> Stamp:
+    files = sorted(Path(folder).glob("*.safetensors"))
+    return folder, tuple((file.name, file.stat().st_mtime_ns) for file in files)
 
 
 def _in_order(answers: Iterable[Any]) -> list[Any]:

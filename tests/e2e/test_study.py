@@ -15,22 +15,37 @@ ROOT = Path(__file__).resolve().parents[2]
 CELLS = ("sft", "lightning", "standard", "lightning_effopd_topk_kl")
 
 PROGRAM = """
-import dataclasses, json, sys
+import shutil, sys
 from pathlib import Path
 from lopd_megatron.files import write_json
+from lopd_megatron.inference.requests import ScoreRequest
 from lopd_megatron.launch.study import StudyRunner
+from lopd_megatron.launch.workbench import LocalModel
 from recipes.tiny_study import Study
 
 study = Study(0, sys.argv[1])
 problems = f"{study.models}/task/problems"
 runner = StudyRunner(
-    Path(study.root), 0, study.held_out, f"{problems}/valid.jsonl", f"{problems}/test.jsonl"
+    Path(study.root),
+    0,
+    study.cells()[0].parts[0].config,
+    study.held_out,
+    valid=f"{problems}/valid.jsonl",
+    test=f"{problems}/test.jsonl",
 )
 for cell in study.cells():
     if cell.name in sys.argv[2:]:
         for part in cell.parts:
             part.config.train.train_iters = 5
         write_json(cell.result_path, runner.run(cell))
+
+model = LocalModel(runner.bench, f"{study.root}/swapped")
+scores = []
+for source in ("sft", "lightning"):
+    shutil.copytree(f"{study.root}/{source}/hf", model.folder, dirs_exist_ok=True)
+    (score,) = model.score([ScoreRequest((0, 0), [1, 5, 6, 7], 1)], topk=0)
+    scores.append(score.logprobs.tolist())
+write_json(Path(study.root) / "swapped.json", scores)
 """
 
 
@@ -68,6 +83,12 @@ def test_every_cell_is_measured_with_its_cost(root: Path) -> None:
         assert all(seconds >= 0 for seconds in result["seconds"].values())
         assert [point["iteration"] for point in result["curve"]] == [5]
     assert [search["iteration"] for search in result["effopd"]] == [1, 2, 4]
+
+
+def test_new_weights_under_an_old_name_are_read_again(root: Path) -> None:
+    """A curve is measured in one folder, written over each time: its name does not say what is in it."""
+    first, second = json.loads((root / "seed_0" / "swapped.json").read_text())
+    assert first != second
 
 
 def test_the_report_comes_from_the_results(root: Path, tmp_path: Path) -> None:
