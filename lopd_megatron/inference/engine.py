@@ -62,7 +62,13 @@ class VllmEngine:
     """
 
     def __init__(
-        self, model: str, config: EngineConfig, *, task: Literal["generate", "score"], max_topk: int = 0
+        self,
+        model: str,
+        config: EngineConfig,
+        *,
+        task: Literal["generate", "score"],
+        max_topk: int = 0,
+        trust_remote_code: bool = False,
     ) -> None:
         self.model = model
         self.config = config
@@ -97,6 +103,7 @@ class VllmEngine:
             "skip_tokenizer_init": True,
             "use_tqdm_on_load": False,
             "disable_log_stats": True,
+            "trust_remote_code": trust_remote_code,
             "seed": 0,
         }
         if dtype == "bfloat16":

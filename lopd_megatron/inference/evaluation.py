@@ -43,7 +43,7 @@ def run_evaluation(config: RunConfig, models: Sequence[tuple[str, str]], worker:
             if engine is not None:
                 engine.close()
             say(f"evaluation of {name}: starting vLLM")
-            engine = VllmEngine(model, config.evaluation.engine, task="generate")
+            engine = evaluation.open_engine(config.evaluation.engine)
         engine = evaluation.sample(engine, worker)
         evaluation.grade()
     if engine is not None:
@@ -60,7 +60,8 @@ class _Evaluation:
         self.summary_path = config.paths.evaluation / f"{name}.json"
         self.problems = config.paths.evaluation / name / "problems"
         self.answers = config.paths.evaluation / name / "answers"
-        self.tokenizer = load_tokenizer(model, trust_remote_code=config.model.trust_remote_code)
+        self.trust_remote_code = config.model.trust_remote_code
+        self.tokenizer = load_tokenizer(model, trust_remote_code=self.trust_remote_code)
         prompts = config.prompts
         template = Template(self.tokenizer, prompts.apply_chat_template, prompts.enable_thinking)
         rows = read_problems(section, template)
@@ -99,17 +100,16 @@ class _Evaluation:
             say(f"{self.summary_path} is there already")
         return self.summary_path.exists()
 
+    def open_engine(self, config: EngineConfig) -> VllmEngine:
+        return VllmEngine(self.model, config, task="generate", trust_remote_code=self.trust_remote_code)
+
     def sample(self, engine: VllmEngine, worker: tuple[int, int]) -> VllmEngine:
         """Make all answers that are missing; returns the engine that is open at the end."""
         lineage = self.lineage.model_copy(update={"engine": {"rollouts": engine.describe()}})
         section = self.section
         stage = RolloutStage(self.sampling, section.num_samples_per_problem, section.seed, lineage)
-
-        def open_engine(config: EngineConfig) -> VllmEngine:
-            return VllmEngine(self.model, config, task="generate")
-
         work = Worker(stage, self.problems, self.answers, self.num_shards, worker=worker)
-        failed = work.run(engine, section.engine, open_engine)
+        failed = work.run(engine, section.engine, self.open_engine)
         if failed:
             raise UserError(
                 f"{failed} answers failed, see {self.answers}/failed-*.json; accuracy would be wrong"

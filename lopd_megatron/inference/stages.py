@@ -61,7 +61,9 @@ def run_rollouts(config: RunConfig, share: Share) -> int:
     stage = RolloutStage(sampling, rollout.num_samples_per_prompt, rollout.seed, lineage)
 
     def open_engine(engine_config: EngineConfig) -> VllmEngine:
-        engine = VllmEngine(model, engine_config, task="generate")
+        engine = VllmEngine(
+            model, engine_config, task="generate", trust_remote_code=config.model.trust_remote_code
+        )
         lineage.engine[stage.kind] = engine.describe()
         return engine
 
@@ -82,7 +84,13 @@ def run_scoring(config: RunConfig, share: Share) -> int:
     stage = ScoringStage(scoring.topk, lineage)
 
     def open_engine(engine_config: EngineConfig) -> VllmEngine:
-        engine = VllmEngine(model, engine_config, task="score", max_topk=scoring.topk)
+        engine = VllmEngine(
+            model,
+            engine_config,
+            task="score",
+            max_topk=scoring.topk,
+            trust_remote_code=config.model.trust_remote_code,
+        )
         stage.path = choose_path(engine, scoring.path, scoring.topk, engine_config.max_model_len)
         lineage.engine[stage.kind] = {**engine.describe(), "scoring_path": stage.path}
         say(f"scoring path: {stage.path}")
