@@ -7,6 +7,8 @@ that causal work is even); keys and values are gathered over the context-paralle
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
 from typing import Any
 
@@ -93,12 +95,18 @@ class SdpaAttention(_PackedAttention):
 class VarlenAttention(_PackedAttention):
     """torch's variable-length flash attention: CUDA, half precision, no host synchronisation, no CP."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        from torch.nn.attention.varlen import varlen_attn
+
+        # torch 2.11 takes fewer key heads than query heads as they are; from 2.12 on they must be announced.
+        announced = "enable_gqa" in inspect.signature(varlen_attn).parameters
+        self._kernel = functools.partial(varlen_attn, enable_gqa=True) if announced else varlen_attn
+
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: Any
     ) -> torch.Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        return varlen_attn(
+        return self._kernel(
             query,
             key,
             value,
@@ -108,7 +116,6 @@ class VarlenAttention(_PackedAttention):
             packed.max_seqlen_kv,
             scale=self.scale,
             window_size=(-1, 0),  # causal
-            enable_gqa=True,
         )
 
 
