@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -32,6 +33,7 @@ def run_rank(main: Callable[[], int]) -> None:
     except UserError as error:
         code = EXIT_USER_ERROR
         if rank:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher ends this rank with it
             time.sleep(OTHER_RANKS_WAIT_S)
         print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr)
     except SystemExit as leave:  # argparse: help, or a usage error it has printed

@@ -243,11 +243,12 @@ def standard_hooks(config: RunConfig) -> list[Hook]:
     from lopd_megatron.train.validate import ValidateHook
 
     trains_on_stored_rollouts = config.loss.objective != "sft" and not config.online.enabled
-    return [
-        StopHook(config.train.exit_duration_in_mins),
+    hooks: list[Hook] = [
         *([ValidateHook(config)] if config.train.eval_interval else []),
         *([StalenessHook(config.staleness)] if trains_on_stored_rollouts else []),
         LogHook(config),
         SaveHook(),
         *([ProfileHook(config)] if config.train.profile_iters else []),
     ]
+    # Made last: it takes over the signals that should still end a process whose settings are wrong.
+    return [StopHook(config.train.exit_duration_in_mins), *hooks]

@@ -1,0 +1,87 @@
+"""The trainer as a program: dry run, wrong settings, exit codes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lopd_megatron.config import RunConfig
+from lopd_megatron.errors import UserError
+from lopd_megatron.train.abort import out_of_memory_message
+from lopd_megatron.train.profile import ProfileHook
+from lopd_megatron.train.validate import ValidateHook
+
+ROOT = Path(__file__).resolve().parents[3]
+
+PROGRAM = """
+from lopd_megatron.errors import UserError
+from lopd_megatron.train.abort import run_rank
+
+class OutOfMemoryError(RuntimeError):
+    pass
+
+def main():
+    {body}
+
+run_rank(main)
+"""
+
+
+def rank(body: str, number: int = 0) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(body=body)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "RANK": str(number)},
+    )
+    return done.returncode, done.stderr
+
+
+def test_exit_codes_and_messages_of_a_rank() -> None:
+    assert rank("return 85") == (85, "")
+    assert rank("raise UserError('seq_length 7 is odd; use 8')") == (2, "error: seq_length 7 is odd; use 8\n")
+    code, text = rank("raise OutOfMemoryError('Tried to allocate 2 GiB.')", 3)
+    assert code == 1
+    assert text.startswith("error on rank 3: out of memory: Tried to allocate 2 GiB. Lower data.seq_length")
+    assert "Traceback" not in text
+    code, text = rank("return 1 / 0", 1)
+    assert code == 1
+    assert "rank 1 failed" in text
+    assert "ZeroDivisionError" in text
+
+
+def test_out_of_memory_says_what_to_change() -> None:
+    text = out_of_memory_message(0, RuntimeError("Tried 1 GiB.\nmore"))
+    assert "train.recompute_granularity=full" in text
+    assert "\n" not in text
+
+
+def test_dry_run_touches_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lopd_megatron.train", "--recipe", "recipes/tiny.py:lightning_opd"]
+    done = subprocess.run(
+        [*command, "--train-iters", "3", f"run_dir={tmp_path}/run", "--dry-run"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert '"train_iters": 3' in done.stdout
+    assert f"would write: {tmp_path}/run/checkpoints" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("window", [[3], [3, 3], [0, 2]])
+def test_a_profile_window_is_first_and_last(window: list[int]) -> None:
+    config = RunConfig()
+    config.train.profile_iters = window
+    with pytest.raises(UserError, match="profile_iters"):
+        ProfileHook(config)
+
+
+def test_validation_needs_data() -> None:
+    config = RunConfig()
+    config.train.eval_interval = 5
+    with pytest.raises(UserError, match=r"data\.valid_prefixes"):
+        ValidateHook(config)
