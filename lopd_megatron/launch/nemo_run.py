@@ -29,7 +29,9 @@ SIGNAL_BEFORE_S = 300
 
 def run(stages: Sequence[Stage], executor: str, *, dry_run: bool = False) -> int:
     """Run the chain on NeMo-Run's `local` or `slurm` executor and wait. 0 only if every task succeeded."""
-    home = (stages[-1].config.paths.logs / "nemo_run").absolute()
+    home = (stages[-1].config.paths.logs / "nemorun").absolute()
+    if "/nemo_run" in f"{home}{os.getcwd()}":
+        raise UserError(f"{home}: NeMo-Run replaces the text /nemo_run in its scripts; use another path")
     os.environ["PATH"] = shell.environment()["PATH"]
     if dry_run and executor == "local":
         print("\n".join(shell.lines(stages)))
@@ -133,7 +135,7 @@ def _slurm_executor(stage: Stage) -> Any:
     tunnel = nemo_run.LocalTunnel(job_dir="")
     if launch.ssh_host:
         user, _, host = launch.ssh_host.rpartition("@")
-        tunnel = nemo_run.SSHTunnel(host=host, user=user, job_dir=f"{checkout}/nemo_run")
+        tunnel = nemo_run.SSHTunnel(host=host, user=user, job_dir=f"{checkout}/nemorun")
     parameters: dict[str, Any] = {"kill_on_invalid_dep": "yes"}
     for option in launch.sbatch_options:
         name, equals, value = option.removeprefix("--").partition("=")

@@ -15,7 +15,7 @@
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --open-mode=append
-#SBATCH --output=/remote/lopd/nemo_run/opd/opd_ID/opd-score/sbatch_llm-llm.opd-score_%j.out
+#SBATCH --output=/remote/lopd/nemorun/opd/opd_ID/opd-score/sbatch_llm-llm.opd-score_%j.out
 #SBATCH --partition=batch
 #SBATCH --time=04:00:00
 
@@ -45,7 +45,7 @@ source slurm/env.sh
 
 # Command 1
 
-srun --output /remote/lopd/nemo_run/opd/opd_ID/opd-score/log-llm-llm.opd-score_%j_${SLURM_RESTART_COUNT:-0}.out --container-image nvcr.io/nvidia/nemo:25.09 --container-mounts /remote/lopd:/remote/lopd,/lustre/models:/lustre/models:ro,/remote/lopd/nemo_run/opd/opd_ID/opd-score:/nemo_run --container-workdir /nemo_run/code --wait=60 --kill-on-bad-exit=1 --cpu-bind=none bash /nemo_run/scripts/opd-score.sh
+srun --output /remote/lopd/nemorun/opd/opd_ID/opd-score/log-llm-llm.opd-score_%j_${SLURM_RESTART_COUNT:-0}.out --container-image nvcr.io/nvidia/nemo:25.09 --container-mounts /remote/lopd:/remote/lopd,/lustre/models:/lustre/models:ro,/remote/lopd/nemorun/opd/opd_ID/opd-score:/nemo_run --container-workdir /nemo_run/code --wait=60 --kill-on-bad-exit=1 --cpu-bind=none bash /nemo_run/scripts/opd-score.sh
 
 exitcode=$?
 
@@ -80,7 +80,7 @@ exec python tools/score_rollouts.py --recipe tests/unit/launch/cluster.py:opd_64
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=1
 #SBATCH --open-mode=append
-#SBATCH --output=/remote/lopd/nemo_run/opd/opd_ID/opd-train/sbatch_llm-llm.opd-train_%j.out
+#SBATCH --output=/remote/lopd/nemorun/opd/opd_ID/opd-train/sbatch_llm-llm.opd-train_%j.out
 #SBATCH --partition=batch
 #SBATCH --signal=USR1@300
 #SBATCH --time=1-00:00:00
@@ -115,7 +115,7 @@ rendezvous
 
 # Command 1
 
-srun --output /remote/lopd/nemo_run/opd/opd_ID/opd-train/log-llm-llm.opd-train_%j_${SLURM_RESTART_COUNT:-0}.out --container-image nvcr.io/nvidia/nemo:25.09 --container-mounts /remote/lopd:/remote/lopd,/lustre/models:/lustre/models:ro,/remote/lopd/nemo_run/opd/opd_ID/opd-train:/nemo_run --container-workdir /nemo_run/code --wait=60 --kill-on-bad-exit=1 --cpu-bind=none bash /nemo_run/scripts/opd-train.sh
+srun --output /remote/lopd/nemorun/opd/opd_ID/opd-train/log-llm-llm.opd-train_%j_${SLURM_RESTART_COUNT:-0}.out --container-image nvcr.io/nvidia/nemo:25.09 --container-mounts /remote/lopd:/remote/lopd,/lustre/models:/lustre/models:ro,/remote/lopd/nemorun/opd/opd_ID/opd-train:/nemo_run --container-workdir /nemo_run/code --wait=60 --kill-on-bad-exit=1 --cpu-bind=none bash /nemo_run/scripts/opd-train.sh
 
 exitcode=$?
 
