@@ -55,6 +55,8 @@ def balance(costs: np.ndarray, parts: int, tolerance: float = 1e-4) -> list[list
 
     Stops when the dearest part is within `tolerance` of the mean. A part may be empty. Deterministic.
     """
+    if parts == 1:
+        return [list(range(len(costs)))]
     sums = [(0.0, part) for part in range(parts)]
     owner = np.empty(len(costs), np.int64)
     for item in np.argsort(-costs, kind="stable").tolist():
@@ -136,9 +138,6 @@ def _spread(
     All micro-batches of a step are padded to the longest, so both its tokens and its attention are paid.
     """
     attention = costs - lengths
-    rows = packed + [[] for _ in range(count - len(packed))]
-    # Closer than a part in a thousand, padding outweighs the difference.
-    candidates = [rows, *(balance(weights, count, 1e-3) for weights in (lengths.astype(np.float64), costs))]
 
     def dearest(rows: list[list[int]]) -> float:
         tokens = max(int(lengths[row].sum()) for row in rows)
@@ -146,7 +145,12 @@ def _spread(
             tokens + max(float(attention[row].sum()) for row in rows) if tokens <= capacity else float("inf")
         )
 
-    return min(candidates, key=dearest)
+    # Closer than a part in a thousand, padding outweighs the difference.
+    even = balance(lengths.astype(np.float64), count, 1e-3)
+    if dearest(even) <= costs.sum() / count * (1 + 1e-3):
+        return even
+    rows = packed + [[] for _ in range(count - len(packed))]
+    return min(rows, even, balance(costs, count, 1e-3), key=dearest)
 
 
 def utilisation(lengths: np.ndarray, capacity: int) -> float:

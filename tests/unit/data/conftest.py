@@ -1,14 +1,19 @@
-"""A folder in memory: hundreds of small builds, each with a dozen fsyncs, would wait for the disk."""
+"""What the tests of the data stage share."""
 
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+# Tiny forwards: threads that wait for each other on a busy machine cost ten times the work.
+torch.set_num_threads(1)
 
 
 @pytest.fixture
 def ram_path(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory: hundreds of small builds, each with a dozen fsyncs, would wait for the disk."""
     memory = Path("/dev/shm")
     if not memory.is_dir():
         yield tmp_path

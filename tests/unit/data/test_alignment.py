@@ -135,10 +135,10 @@ def test_another_model(models: tuple[Path, Path], scorer: Scorer, samples: list[
 def test_one_swapped_document_among_many_does_not_hide_in_the_mean(
     scorer: Scorer, samples: list[Sample]
 ) -> None:
-    """The mean over 128 documents is below the tolerance, and still they are refused."""
-    report = compare(swap_two(samples * 8), scorer, tolerance=0.05)
-    assert report.mean_abs_difference <= 0.05
-    assert "2 of 128 documents are wrong" in report.diagnosis
+    """The mean over 64 documents is below the tolerance, and still they are refused."""
+    report = compare(swap_two(samples * 4), scorer, tolerance=0.1)
+    assert report.mean_abs_difference <= 0.1
+    assert "2 of 64 documents are wrong" in report.diagnosis
 
 
 def test_the_worst_place_is_reported(scorer: Scorer, samples: list[Sample]) -> None:
