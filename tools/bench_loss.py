@@ -59,7 +59,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, help="also write the result here, with machine and versions")
-    parser.add_argument("--rounds", type=int, default=3, help="timed rounds after the warm-up")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds after the warm-up")
     parser.add_argument("--chunk-tokens", type=int, help="default: 128 on a CPU, 4096 on CUDA")
     parser.add_argument("--dry-run", action="store_true", help="say what would be measured and stop")
     options = parser.parse_args()
