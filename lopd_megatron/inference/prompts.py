@@ -103,6 +103,7 @@ def collect(config: PromptsConfig, template: Template) -> tuple[list[dict[str, A
         raise UserError("prompts.input is empty; set it to the files with the prompts")
     contamination = Contamination(config.contamination_files, config.contamination_ngram)
     kept: dict[str, dict[str, Any]] = {}
+    seen: set[bytes] = set()
     counts: Counter[str] = Counter(read=0, kept=0, too_long=0, duplicate=0, contaminated=0)
     rows = (row for path in config.input for row in read_rows(path))
     with progress(None, "prompts", "prompt") as bar:
@@ -111,6 +112,11 @@ def collect(config: PromptsConfig, template: Template) -> tuple[list[dict[str, A
                 break
             bar.update(1)
             counts["read"] += 1
+            content = hashlib.sha256(str(row.content).encode()).digest()
+            if content in seen:  # a release of DAPO-Math holds every prompt a hundred times: do not tokenize
+                counts["duplicate"] += 1
+                continue
+            seen.add(content)
             tokens = template.tokens(row.content)
             name = prompt_id(tokens)
             if len(tokens) > config.max_prompt_tokens:
@@ -123,7 +129,7 @@ def collect(config: PromptsConfig, template: Template) -> tuple[list[dict[str, A
                 counts["kept"] += 1
                 kept[name] = {
                     "prompt_id": name,
-                    "prompt_tokens": tokens,
+                    "prompt_tokens": np.asarray(tokens, np.int32),
                     "answer": row.answer,
                     "source": row.source,
                 }
