@@ -86,6 +86,7 @@ def read(trainer: Trainer, folder: Path, description: dict[str, Any]) -> None:
         chunk.load_state_dict(state[name], strict=True)
     if has_optimizer:
         trainer.optimizer.load_state_dict(state["optimizer"])
+        _apply_settings(trainer)
         trainer.scheduler.load_state_dict(state["scheduler"])
     else:
         trainer.optimizer.reload_model_params()
@@ -97,6 +98,18 @@ def read(trainer: Trainer, folder: Path, description: dict[str, Any]) -> None:
             hook.load_state_dict(state["hooks"][hook.name])
     trainer.iteration = state["iteration"]
     trainer.consumed_train_samples = state["consumed_train_samples"]
+
+
+def _apply_settings(trainer: Trainer) -> None:
+    """Give the optimizer its own settings again: a loaded state brings those of the run that saved it."""
+    settings = trainer.config.optimizer
+    for group in trainer.optimizer.param_groups:
+        group |= {
+            "max_lr": settings.lr,
+            "min_lr": settings.min_lr,
+            "betas": (settings.adam_beta1, settings.adam_beta2),
+            "eps": settings.adam_eps,
+        }
 
 
 def parameters_are_current(trainer: Trainer) -> None:

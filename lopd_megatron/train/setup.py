@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +32,8 @@ def build_trainer(
 
     `batches` replaces the dataset of the configuration (standard OPD makes its own).
     """
+    _set_environment(config)
     topology = grid.initialize(config.parallel, seed=config.train.seed)
-    if config.train.deterministic_mode:
-        _deterministic()
     from lopd_megatron.model.config import student_spec
     from lopd_megatron.model.student import build_student
     from lopd_megatron.model.weights import load_hf
@@ -193,6 +193,9 @@ def build_optimizer(model: Sequence[Any], spec: StudentSpec, config: RunConfig) 
         end_wd=settings.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        # A resumed run follows its configuration; a checkpoint only says how far along it is.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
 
@@ -229,9 +232,16 @@ def _per_chunk(functions: list[Any]) -> Any:
     return functions if len(functions) > 1 else functions[0]
 
 
-def _deterministic() -> None:
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
+def _set_environment(config: RunConfig) -> None:
+    """What CUDA libraries read once, when they start."""
+    if config.parallel.tensor_model_parallel_size > 1:
+        # Collectives are issued before the kernels that they overlap with, and start in that order.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    torch.use_deterministic_algorithms(config.train.deterministic_mode)
+    if config.train.deterministic_mode:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+        os.environ.setdefault("NCCL_ALGO", "Ring")
 
 
 def standard_hooks(config: RunConfig) -> list[Hook]:

@@ -16,7 +16,7 @@ from lopd_megatron.errors import EXIT_REQUEUE, UserError
 from lopd_megatron.parallel import topology as grid
 from lopd_megatron.train.metrics import read_metrics
 from lopd_megatron.train.state import BatchSource, Hook, StepResult, Trainer
-from tests.distributed.tiny_run import layout, tiny_config, tiny_trainer, write_dataset, write_inputs
+from tests.distributed.tiny_run import advance, layout, tiny_config, tiny_trainer, write_dataset, write_inputs
 from tests.distributed.world import run_world
 
 pytestmark = pytest.mark.dist
@@ -176,3 +176,34 @@ def test_a_torn_checkpoint_is_skipped(inputs: Path, tmp_path: Path) -> None:
     common = tmp_path / "torn" / "checkpoints" / "iter_0000004" / "common.pt"
     stored = torch.load(common, weights_only=True)  # holds plain values only
     assert stored["config"] == json.loads((tmp_path / "torn" / "config.json").read_text())
+
+
+def resumed_otherwise(inputs: str, folder: str) -> None:
+    """Other settings are those of the configuration; without optimizer state Adam starts anew."""
+    run_dir = Path(folder) / "settings"
+    trainer = tiny_trainer(tiny_config(Path(inputs), run_dir))
+    advance(trainer, 3)
+    trainer.checkpoints.save(trainer)
+    changed = {"optimizer__lr": 5e-4, "optimizer__lr_decay_style": "constant", "optimizer__adam_beta2": 0.5}
+    trainer = tiny_trainer(tiny_config(Path(inputs), run_dir, **changed))
+    trainer.checkpoints.load_latest(trainer)
+    for group in trainer.optimizer.param_groups:
+        assert (group["lr"], group["betas"]) == (5e-4, (0.9, 0.5))
+    assert trainer.scheduler.num_steps == 36
+
+    config = tiny_config(Path(inputs), Path(folder) / "weights", checkpoint__save_optimizer=False)
+    trainer = tiny_trainer(config)
+    advance(trainer, 3)
+    trainer.checkpoints.save(trainer)
+    loss = advance(trainer, 1)[0][0]
+    trainer = tiny_trainer(config)
+    trainer.checkpoints.load_latest(trainer)
+    assert trainer.scheduler.num_steps == 36
+    assert advance(trainer, 1)[0][0] == loss
+    files = sum(path.stat().st_size for path in (Path(folder) / "weights/checkpoints/iter_0000003").iterdir())
+    whole = sum(path.stat().st_size for path in (run_dir / "checkpoints/iter_0000003").iterdir())
+    assert files < 0.4 * whole  # weights alone, not main parameters and two moments
+
+
+def test_a_resume_with_other_settings(inputs: Path, tmp_path: Path) -> None:
+    run_world(resumed_otherwise, 1, str(inputs), str(tmp_path))

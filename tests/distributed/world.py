@@ -6,6 +6,7 @@ starts in about a second and still shares nothing with pytest or with an earlier
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -18,6 +19,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,6 +54,7 @@ def run_world(function: Callable[..., Any], world_size: int, *args: Any, timeout
         finally:
             for process, _ in ranks:
                 if process.is_alive():
+                    kill_children(process.pid)
                     process.kill()
                 process.join()
 
@@ -94,8 +98,16 @@ def _rank_main(sender: Connection, call: bytes, rank: int, world_size: int, stor
     sender.close()
     sys.stdout.flush()
     sys.stderr.flush()
+    kill_children(os.getpid())
     # Peers of a failed rank may be inside a collective with it, so there is nothing to wait for.
     os._exit(0)
+
+
+def kill_children(pid: int) -> None:
+    """End what a rank has started and not waited for, such as the manager of a checkpoint writer."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(pid).children(recursive=True):
+            child.kill()
 
 
 @functools.cache
