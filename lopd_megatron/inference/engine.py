@@ -33,7 +33,13 @@ from lopd_megatron.inference.requests import (
     ScoreRequest,
     ScoringPath,
 )
-from lopd_megatron.inference.sizes import check_fits, cpu_kv_cache_bytes, read_shape, scoring_batch_tokens
+from lopd_megatron.inference.sizes import (
+    ModelShape,
+    check_fits,
+    cpu_kv_cache_bytes,
+    read_shape,
+    scoring_batch_tokens,
+)
 
 CPU_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -56,6 +62,7 @@ _closed_in_process: list[Any] = []
 class VllmEngine:
     """An engine for one Hugging Face folder. See `requests.Engine` for the contract of the streams.
 
+    Starts in about 8 CPU-seconds on a CPU (6 of them imports). UserError where the model does not fit.
     `task` decides what the CPU build cannot do at once: "generate" needs whole prefills for its seeds,
     "score" wants prefills in chunks of `max_num_batched_tokens`, which bound the memory of the scores.
     Documents of exactly `config.max_model_len` tokens can be scored.
@@ -71,62 +78,33 @@ class VllmEngine:
         trust_remote_code: bool = False,
     ) -> None:
         self.model = model
-        self.config = config
         self.shape = read_shape(model)
         self.on_step: Callable[[], None] = lambda: None
         on_cpu = not torch.cuda.is_available()
         _set_environment(on_cpu)
         check_fits(self.shape, config, model, on_cpu=on_cpu)
         if config.max_model_len == self.shape.max_position_embeddings:
-            # One position more than the model has: never run, see max_model_len below.
+            # One position more than the model has: never run, see max_model_len in _arguments.
             os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
         _take_apart_closed()
+        self.dtype: Literal["bfloat16", "float32"]
+        self.dtype = config.dtype if config.dtype != "auto" else ("float32" if on_cpu else "bfloat16")
         with warnings.catch_warnings():  # of torch, about vLLM's scan of all modules
             warnings.simplefilter("ignore", FutureWarning)
             from vllm import EngineArgs, LLMEngine
 
-        dtype: Literal["bfloat16", "float32"]
-        dtype = config.dtype if config.dtype != "auto" else ("float32" if on_cpu else "bfloat16")
-        # One more than the longest document: vLLM always samples one token after a scored prompt.
-        arguments: dict[str, Any] = {
-            "model": model,
-            "tensor_parallel_size": config.tensor_parallel_size,
-            "dtype": dtype,
-            "max_model_len": config.max_model_len + 1,
-            "max_num_seqs": config.max_num_seqs,
-            "max_num_batched_tokens": config.max_num_batched_tokens,
-            "gpu_memory_utilization": config.gpu_memory_utilization,
-            "kv_cache_memory_bytes": config.kv_cache_memory_bytes,
-            "enforce_eager": config.enforce_eager or on_cpu,
-            "max_logprobs": max(max_topk, 1),
-            "enable_prefix_caching": task == "generate" and not on_cpu,
-            "skip_tokenizer_init": True,
-            "use_tqdm_on_load": False,
-            "disable_log_stats": True,
-            "trust_remote_code": trust_remote_code,
-            "seed": 0,
-        }
-        if dtype == "bfloat16":
-            # A bf16 logit of 16 to 32 is rounded to 0.125; scores need the fp32 head.
-            arguments["hf_overrides"] = {"head_dtype": "float32"}
-        if task == "score":
-            fitting = scoring_batch_tokens(self.shape.vocab_size, _free_bytes(config, on_cpu))
-            arguments["max_num_batched_tokens"] = min(config.max_num_batched_tokens, fitting)
-        if on_cpu:
-            if config.kv_cache_memory_bytes is None:
-                arguments["kv_cache_memory_bytes"] = cpu_kv_cache_bytes(
-                    self.shape, config, 4 if dtype == "float32" else 2
+            arguments = _arguments(self.shape, config, self.dtype, task, on_cpu)
+            self._engine = LLMEngine.from_engine_args(
+                EngineArgs(
+                    model=model,
+                    max_logprobs=max(max_topk, 1),
+                    trust_remote_code=trust_remote_code,
+                    skip_tokenizer_init=True,
+                    use_tqdm_on_load=False,
+                    disable_log_stats=True,
+                    **arguments,
                 )
-            if task == "generate":
-                arguments["enable_chunked_prefill"] = False
-                arguments["max_num_batched_tokens"] = max(
-                    config.max_num_batched_tokens, config.max_model_len + 1
-                )
-        self.dtype = dtype
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
-        self.max_num_batched_tokens: int = arguments["max_num_batched_tokens"]
+            )
         self._in_flight_limit = 2 * config.max_num_seqs
         self._serial = 0
 
@@ -290,6 +268,39 @@ class VllmEngine:
         self.on_step()
         with _lost_engines():
             return self._engine.step()
+
+
+def _arguments(
+    shape: ModelShape, config: EngineConfig, dtype: str, task: Literal["generate", "score"], on_cpu: bool
+) -> dict[str, Any]:
+    """The part of vLLM's EngineArgs that follows from sizes and from the machine."""
+    # One more than the longest document: vLLM always samples one token after a scored prompt.
+    longest = config.max_model_len + 1
+    arguments: dict[str, Any] = {
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "dtype": dtype,
+        "max_model_len": longest,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "kv_cache_memory_bytes": config.kv_cache_memory_bytes,
+        "enforce_eager": config.enforce_eager or on_cpu,
+        "enable_prefix_caching": task == "generate" and not on_cpu,
+        "seed": 0,
+    }
+    if dtype == "bfloat16":
+        # A bf16 logit of 16 to 32 is rounded to 0.125; scores need the fp32 head.
+        arguments["hf_overrides"] = {"head_dtype": "float32"}
+    if task == "score":
+        fitting = scoring_batch_tokens(shape.vocab_size, _free_bytes(config, on_cpu))
+        arguments["max_num_batched_tokens"] = min(config.max_num_batched_tokens, fitting)
+    if on_cpu and config.kv_cache_memory_bytes is None:
+        dtype_bytes = 4 if dtype == "float32" else 2
+        arguments["kv_cache_memory_bytes"] = cpu_kv_cache_bytes(shape, config, dtype_bytes)
+    if on_cpu and task == "generate":
+        arguments["enable_chunked_prefill"] = False
+        arguments["max_num_batched_tokens"] = max(config.max_num_batched_tokens, longest)
+    return arguments
 
 
 @contextlib.contextmanager
