@@ -181,14 +181,14 @@ def step_loader(dataset: Dataset, columns: frozenset[str] | None) -> StepLoader:
 
 
 def read_lists(path: Path) -> list[tuple[torch.Tensor, ...]]:
-    """The steps of the official loader: each row a dictionary of Python numbers, a deep copy of each sample, a
-    pickle from one process to another (Ray), tensors. Its tokenizing of the prompts is left out."""
+    """The steps of the official loader: each row a dictionary of Python numbers, a deep copy of each sample,
+    a pickle from one process to another (Ray), tensors. Its tokenizing of the prompts is left out."""
     rows = pq.read_table(path, use_threads=False).to_pylist()
     return [row_tensors(pickle.loads(pickle.dumps(copy.deepcopy(row)))) for row in rows]
 
 
 def read_random(path: Path, count: int) -> list[tuple[torch.Tensor, ...]]:
-    """`count` rows in random order straight from the file, which also needs no memory: one row group for each."""
+    """`count` random rows straight from the file, which needs no memory either: one row group for each."""
     packed = []
     with pq.ParquetFile(path) as file:
         groups = np.cumsum([0, *(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))])

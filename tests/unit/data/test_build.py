@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from lopd_megatron.data import writer
@@ -16,14 +17,16 @@ from lopd_megatron.data.filters import LONGEST_PERIOD, REPEATED_TAIL, Filters
 from lopd_megatron.data.manifest import Manifest, read_manifest
 from lopd_megatron.data.store import open_dataset
 from lopd_megatron.errors import UserError
+from lopd_megatron.inference import shards
 from lopd_megatron.lineage import Lineage
+from lopd_megatron.records import SCORED_SCHEMA
 from tests.unit.data.samples import documents, files_of, forked, random_rows, row, write_shards
 
 WIDE = Filters(seq_length=1000)
 
 
-def build(folder: Path, shards: list, filters: Filters = WIDE, **options: Any) -> Manifest:
-    write_shards(folder / "scored", shards, **options)
+def build(folder: Path, content: list, filters: Filters = WIDE, **options: Any) -> Manifest:
+    write_shards(folder / "scored", content, **options)
     return build_dataset(folder / "scored", folder / "dataset" / "train", filters=filters)
 
 
@@ -40,6 +43,22 @@ def test_one_rollout_followed_to_the_disk(tmp_path: Path) -> None:
     np.testing.assert_allclose(read["teacher_logprobs"], [0, 0, -0.2, -0.4, -0.6], rtol=1e-6)
     assert read["teacher_topk_ids"].tolist() == [[-1, -1], [-1, -1], [9, 8], [7, 6], [5, 4]]
     assert read["teacher_topk_logprobs"].tolist() == [[0, 0], [0, 0], [-0.5, -1], [-0.25, -2], [-0.125, -4]]
+
+
+def test_what_the_inference_stage_writes_is_read(tmp_path: Path) -> None:
+    rows = [[row("a", [1, 2], [3, 4]), row("b", [1], [5])], [row("c", [1], [6, 7])]]
+    for index, values in enumerate(rows):
+        shards.write_shard(
+            tmp_path / "scored",
+            index,
+            pa.Table.from_pylist(values, SCORED_SCHEMA),
+            kind="scored",
+            num_shards=len(rows),
+            lineage=Lineage(engine={"scored": {"worker": index}}),
+        )
+    manifest = build_dataset(tmp_path / "scored", tmp_path / "x", filters=WIDE)
+    assert manifest.documents == 3
+    assert manifest.lineage.engine == {"scored": {"worker": 0}}
 
 
 def test_rollouts_without_scores_have_no_teacher_column(tmp_path: Path) -> None:
@@ -157,11 +176,11 @@ def test_a_rerun_does_nothing_and_another_input_is_refused(
 
 def test_many_shards_keep_their_order(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    shards = [random_rows(rng, 20, f"s{i}-") for i in range(4)]
-    build(tmp_path, shards)
+    content = [random_rows(rng, 20, f"s{i}-") for i in range(4)]
+    build(tmp_path, content)
     dataset = open_dataset([tmp_path / "dataset" / "train"])
     dataset.verify()
-    rows = [r for shard in shards for r in shard if r["response_tokens"]]
+    rows = [r for shard in content for r in shard if r["response_tokens"]]
     assert len(dataset) == len(rows)
     for index, expected in enumerate(rows):
         tokens = expected["prompt_tokens"] + expected["response_tokens"]
