@@ -46,7 +46,6 @@ class Checkpoints:
         """`Inputs.describe()`: `load` refuses a checkpoint of another model or dataset."""
         # The persistent writer divides by the number of GPUs and copies CPU tensors through shared memory.
         self._queue = AsyncCallsQueue(persistent=False)
-        self.last_saved = -1
 
     def save(self, trainer: Trainer) -> None:
         """Write the state after `trainer.iteration`; with async_save the files appear while training goes on.
@@ -69,7 +68,6 @@ class Checkpoints:
         else:
             request.add_finalize_fn(publish)
             self._queue.schedule_async_request(request)
-        self.last_saved = trainer.iteration
 
     def poll(self) -> None:
         """Publish an asynchronous save that every rank has written; one small all-reduce if one is open."""
@@ -98,22 +96,24 @@ class Checkpoints:
                 sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
                 write_json(temporary / DESCRIPTION, description | {"files": sizes})
                 final = self.folder / _name(description["iteration"])
-                shutil.rmtree(
-                    final, ignore_errors=True
-                )  # a torn one that was skipped, or of a rolled-back run
+                # A torn one that was skipped, or one of a run that was rolled back.
+                shutil.rmtree(final, ignore_errors=True)
                 temporary.rename(final)
                 fsync_path(self.folder)
                 with atomic_path(self.folder / LATEST) as latest:
                     latest.write_text(f"{description['iteration']}\n")
-                self._delete_old()
+                say(f"saved {final}")
+                self._delete_old(description["iteration"])
             dist.barrier()
 
         return publish
 
-    def _delete_old(self) -> None:
-        """Keep the newest `keep_last` and those that `keep_every` divides. Rank 0 only."""
+    def _delete_old(self, current: int) -> None:
+        """Keep the last `keep_last` up to `current` and those that `keep_every` divides. Rank 0 only."""
         every = self.settings.keep_every
-        for iteration in list_iterations(self.folder)[: -self.settings.keep_last]:
+        # Later ones are of a run that was rolled back; they are replaced when this one gets there.
+        past = [iteration for iteration in list_iterations(self.folder) if iteration <= current]
+        for iteration in past[: -self.settings.keep_last]:
             if not (every and iteration % every == 0):
                 # Renamed first: a kill in the middle of the deletion must not leave a torn checkpoint.
                 doomed = self.folder / f".{_name(iteration)}.old"
@@ -130,7 +130,6 @@ class Checkpoints:
         if found[0] is None:
             return False
         self.load(trainer, self.folder / _name(found[0]["iteration"]), found[0])
-        self.last_saved = trainer.iteration
         return True
 
     def load(self, trainer: Trainer, folder: Path, description: dict[str, Any]) -> None:

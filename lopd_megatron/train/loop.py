@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
@@ -54,8 +55,10 @@ def train(trainer: Trainer) -> None:
     for hook in trainer.hooks:
         hook.on_start(trainer)
     while not trainer.is_done and not trainer.stop_reason:
+        start = time.perf_counter()
         batch = trainer.batches.step(trainer.consumed_train_samples)
         result = train_step(trainer, batch)
+        result.seconds = time.perf_counter() - start  # what a user waits for: reading the batch included
         trainer.iteration += 1
         trainer.consumed_train_samples += trainer.config.train.global_batch_size
         for hook in trainer.hooks:

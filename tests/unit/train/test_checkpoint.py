@@ -1,15 +1,19 @@
 """Which checkpoint a run continues from."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import UserError
 from lopd_megatron.files import write_json
 from lopd_megatron.train.checkpoint import (
     DESCRIPTION,
     LATEST,
+    Checkpoints,
     inspect,
+    list_iterations,
     newest,
     refuse_other_input,
     remove_leftovers,
@@ -58,6 +62,18 @@ def test_leftovers_of_killed_saves_are_removed(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["iter_0000001"]
+
+
+def test_old_checkpoints_are_deleted_and_a_rolled_back_run_keeps_its_own(tmp_path: Path) -> None:
+    config = RunConfig(run_dir=str(tmp_path))
+    config.checkpoint.keep_last = 2
+    config.checkpoint.keep_every = 4
+    topology: Any = None
+    checkpoints = Checkpoints(config, topology)
+    for iteration in (2, 4, 6, 8, 10, 20, 30):  # 20 and 30: the pointer was set back to 8
+        write(checkpoints.folder, iteration)
+    checkpoints._delete_old(10)
+    assert list_iterations(checkpoints.folder) == [4, 8, 10, 20, 30]
 
 
 def test_another_model_is_refused_by_name() -> None:
