@@ -11,13 +11,17 @@ from __future__ import annotations
 from lopd_megatron import cli
 from lopd_megatron.errors import UserError
 from lopd_megatron.train.abort import run_rank
+from lopd_megatron.train.launched import launch_rank
 
 
 def main() -> int:
     config, options = cli.parse(cli.parser(__doc__))
-    if config.effopd.enabled:
-        raise UserError("effopd.enabled=true: start -m lopd_megatron.launch.train_effopd instead")
+    for section, program in (("effopd", "train_effopd"), ("online", "train_online")):
+        if getattr(config, section).enabled:
+            raise UserError(f"{section}.enabled=true: start -m lopd_megatron.launch.{program} instead")
     if options.dry_run:
+        if launch_rank():
+            return 0
         paths = config.paths
         reads = [config.model.student, *config.dataset_prefixes, *config.data.valid_prefixes]
         return cli.dry_run(config, reads, [paths.checkpoints, paths.metrics, paths.config])
