@@ -114,8 +114,8 @@ def build_from(
     """Build the dataset of all sources, or return the one that is there already.
 
     Restart it after a kill: it goes on behind the last finished source and gives the same bytes. A dataset of
-    other sources or filters at the prefix is refused, never overwritten. Memory: one batch of rows, and four
-    bytes a document.
+    other sources or filters at the prefix is refused, never overwritten. Memory: one batch of rows and what
+    the source holds, and four bytes a document.
     """
     parents = [hashlib.sha256(" ".join(source.sha256 for source in sources).encode()).hexdigest()]
     done = existing_manifest(prefix)

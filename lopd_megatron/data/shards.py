@@ -1,6 +1,6 @@
 """Reads finished Parquet shards of rollouts or scored rollouts as a stream of flat arrays.
 
-Memory is that of one batch of rows, whatever the size of a shard or of the folder.
+Memory is that of one compressed row group and one batch of rows, whatever the size of the folder.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """Rollouts become documents: nothing is lost without a count, and a rerun does nothing or the same."""
 
 import errno
+import functools
 import os
 import resource
 import signal
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +187,27 @@ def test_many_shards_keep_their_order(tmp_path: Path) -> None:
     for index, expected in enumerate(rows):
         tokens = expected["prompt_tokens"] + expected["response_tokens"]
         assert dataset.document(index)["tokens"].tolist() == tokens
+
+
+def peak_memory(source: Path, prefix: Path, report: Path) -> None:
+    """Write the peak of numpy, Python and Arrow memory of a build, in bytes."""
+    tracemalloc.start()
+    before = pa.default_memory_pool().max_memory()
+    build_dataset(source, prefix, filters=WIDE)
+    arrow = pa.default_memory_pool().max_memory() - before
+    report.write_text(str(tracemalloc.get_traced_memory()[1] + arrow))
+
+
+def test_memory_does_not_grow_with_the_dataset(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    content = [[row(f"p{i}", [1] * 50, rng.integers(0, 99, 300).tolist()) for i in range(150)]]
+    peaks = []
+    for count in (2, 16):
+        source = write_shards(tmp_path / f"scored{count}", content * count)
+        work = functools.partial(peak_memory, source, tmp_path / f"x{count}", tmp_path / "peak")
+        assert forked(work) == 0
+        peaks.append(int((tmp_path / "peak").read_text()))
+    assert peaks[1] < 1.2 * peaks[0]  # eight times the documents
 
 
 def test_two_builds_of_one_prefix(tmp_path: Path) -> None:
