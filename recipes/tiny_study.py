@@ -22,13 +22,6 @@ CLIPS = (0.1, 0.5, 2.0, 10.0, None)
 SCORES = ("topk_kl", "squared_log_ratio", "accuracy")
 
 
-def pretraining(name: str, study: str = STUDY) -> RunConfig:
-    """The run that makes a teacher or the base student, on one rank."""
-    config = getattr(tiny, name)(f"{study}/models")
-    config.parallel.pipeline_model_parallel_size = 1
-    return config
-
-
 class Study:
     """The cells of one seed."""
 
@@ -43,6 +36,12 @@ class Study:
             f"{self.models}/task/problems/valid.jsonl",
             topk=16,
         )
+
+    def pretraining(self, name: str) -> RunConfig:
+        """The run that makes a teacher or the base student, on one rank."""
+        config: RunConfig = getattr(tiny, name)(self.models)
+        config.parallel.pipeline_model_parallel_size = 1
+        return config
 
     def cells(self) -> list[Cell]:
         """In an order in which they can run: what the others start from first."""

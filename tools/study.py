@@ -21,7 +21,7 @@ from lopd_megatron.files import write_json
 from lopd_megatron.launch.study_cells import Cell
 from lopd_megatron.launch.study_report import collect, write_report
 from lopd_megatron.progress import say
-from recipes.tiny_study import STUDY, Study, pretraining
+from recipes.tiny_study import STUDY, Study
 from recipes.tiny_study_claims import CLAIMS
 
 GROUPS = {
@@ -126,7 +126,7 @@ def prepare(names: list[str]) -> int:
     from lopd_megatron.launch.workbench import train
 
     for name in names:
-        config = pretraining(name)
+        config = Study(0).pretraining(name)
         if not (config.paths.hf / "config.json").exists():
             say(f"study: training {name}")
             start = time.monotonic()
@@ -149,7 +149,7 @@ def work(study: Study, cells: list[Cell]) -> int:
     runner = StudyRunner(
         Path(study.root),
         study.seed,
-        pretraining("base"),
+        study.pretraining("base"),
         study.held_out,
         valid=f"{problems}/valid.jsonl",
         test=f"{problems}/test.jsonl",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -158,7 +157,7 @@ class SampledAccuracy:
             self._problems,
             grader=config.evaluation.grader,
             temperature=1.0,
-            seed=int(time.monotonic_ns() % 2**31),
+            seed=trainer.iteration,  # the same draws for all candidates of a search
         )
         found = mean_and_error(correct)
         return Score(found["value"], found["standard_error"], len(correct))
