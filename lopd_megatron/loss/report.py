@@ -75,7 +75,9 @@ def finalize_report(pooled: Mapping[str, torch.Tensor]) -> dict[str, float]:
 
     Every pair gives its quotient under its own name. `importance_ratio` gives instead the mean and the
     standard deviation of the ratio and `effective_sample_fraction` = (Σ w)²/(n Σ w²), 1 on fresh rollouts.
-    `num_tokens` is the number of trained tokens.
+    `num_tokens` is the number of trained tokens. Two names of other projects are given, too:
+    `opd_reverse_kl` is `reverse_kl`, and `teacher_kl` = E[log π_rollout − log π_T] is the same of the policy
+    that wrote the rollouts.
     """
     pairs = {name: (float(pair[0]), float(pair[1])) for name, pair in pooled.items()}
     metrics = {
@@ -91,4 +93,8 @@ def finalize_report(pooled: Mapping[str, torch.Tensor]) -> dict[str, float]:
         metrics["importance_ratio_mean"] = mean
         metrics["importance_ratio_std"] = max(0.0, square_sum / count - mean**2) ** 0.5
         metrics["effective_sample_fraction"] = ratio_sum**2 / (count * square_sum)
+    if "reverse_kl" in metrics:
+        metrics["opd_reverse_kl"] = metrics["reverse_kl"]
+        if "drift_kl" in metrics:  # over the same tokens
+            metrics["teacher_kl"] = metrics["reverse_kl"] + metrics["drift_kl"]
     return metrics

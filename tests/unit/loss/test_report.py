@@ -88,6 +88,8 @@ def test_metrics_by_hand() -> None:
         "teacher_logprobs": teacher.mean(),
         "entropy": entropy.mean(),
         "reverse_kl": (student - teacher).mean(),
+        "opd_reverse_kl": (student - teacher).mean(),
+        "teacher_kl": (rollout - teacher).mean(),
         "k2": 0.5 * (student - teacher).square().mean(),
         "clip_fraction": ((student - teacher).abs() > 1.5).double().mean(),
         "importance_ratio_mean": ratio.mean(),
