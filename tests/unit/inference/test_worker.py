@@ -170,13 +170,16 @@ def test_a_lease_of_a_dead_process_is_free_at_once(tmp_path: Path) -> None:
 
 
 def test_renewing_keeps_a_lease(tmp_path: Path) -> None:
-    mine, other = Leases(tmp_path, seconds=0.2), Leases(tmp_path, seconds=0.2)
+    mine, other = Leases(tmp_path, seconds=60), Leases(tmp_path, seconds=60)
     assert mine.take(0)
-    for _ in range(5):
-        time.sleep(0.06)
-        mine.renew()
-        assert not other.take(0)
-    time.sleep(0.3)
+    old = time.time() - 100
+    os.utime(mine.path(0), (old, old))
+    mine.renew()  # too soon after the last time to write again
+    assert mine.path(0).stat().st_mtime == pytest.approx(old, abs=1)
+    mine._renewed -= 10
+    mine.renew()
+    assert not other.take(0)
+    os.utime(mine.path(0), (old, old))
     assert other.take(0)
 
 
