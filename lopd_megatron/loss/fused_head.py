@@ -90,31 +90,16 @@ class _FusedHead(torch.autograd.Function):
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, settings: _Settings) -> Any:
         group = settings.vocab.group if settings.vocab.group_size > 1 else None
         whole = _all_gather(hidden, group) if settings.sequence_parallel and group else hidden
-        d_whole = torch.zeros_like(whole) if settings.want_gradient else None
-        d_weight = (
-            torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-            if settings.want_gradient and weight.requires_grad
-            else None
-        )
-        n = settings.rows.rows.numel()
-        if d_weight is not None and n == 0:
-            d_weight.zero_()
-        size = _even_chunk(n, settings.chunk_tokens)
-        logits = weight.new_empty(size, weight.size(0))
-        values = torch.empty(3, n, dtype=torch.float64, device=hidden.device)
-        for start in range(0, n, size):
-            part = slice(start, min(start + size, n))
-            work = logits[: part.stop - start]
-            values[:, part] = _chunk(whole, weight, settings, part, work, d_whole, d_weight)
-
-        if d_whole is not None and group:
+        work = _Pass(whole, weight, settings)
+        loss, student_logprobs, entropy = work.run()
+        d_hidden = work.d_hidden
+        if d_hidden is not None and group:
             if settings.sequence_parallel:
-                d_whole = _reduce_scatter(d_whole, group)
+                d_hidden = _reduce_scatter(d_hidden, group)
             else:
-                dist.all_reduce(d_whole, group=group)
-        ctx.gradients = d_whole, d_weight
+                dist.all_reduce(d_hidden, group=group)
+        ctx.gradients = d_hidden, work.d_weight
         ctx.weight = weight
-        loss, student_logprobs, entropy = values
         ctx.mark_non_differentiable(loss, student_logprobs, entropy)
         numerator = (loss * settings.rows.token_weights).sum().float()
         return numerator, loss, student_logprobs, entropy
@@ -129,45 +114,55 @@ class _FusedHead(torch.autograd.Function):
         return _scale_(d_hidden, scale), d_weight, None
 
 
-def _even_chunk(n: int, limit: int) -> int:
-    """Rows per chunk, at most `limit`, such that the last chunk is not a thin one."""
-    chunks = max(1, math.ceil(n / limit))
-    return max(1, math.ceil(n / chunks))
+class _Pass:
+    """The chunks of one call, and the buffers that they share or fill."""
 
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, settings: _Settings) -> None:
+        self._hidden, self._weight, self._settings = hidden, weight, settings
+        self._count = settings.rows.rows.numel()
+        # Chunks of equal size: a thin last one would read the whole weight for a few rows.
+        chunks = max(1, math.ceil(self._count / settings.chunk_tokens))
+        self._size = max(1, math.ceil(self._count / chunks))
+        self._logits = weight.new_empty(self._size, weight.size(0))
+        self.d_hidden: torch.Tensor | None = None
+        self.d_weight: torch.Tensor | None = None
+        if settings.want_gradient:
+            self.d_hidden = torch.zeros_like(hidden)
+            if weight.requires_grad:
+                self.d_weight = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
 
-def _chunk(
-    whole: torch.Tensor,
-    weight: torch.Tensor,
-    settings: _Settings,
-    part: slice,
-    logits: torch.Tensor,
-    d_whole: torch.Tensor | None,
-    d_weight: torch.Tensor | None,
-) -> torch.Tensor:
-    """One chunk of c rows in the work memory `logits` [c, V/TP]: values [3, c].
+    def run(self) -> torch.Tensor:
+        """All chunks: `TokenValues` as float64 [3, n]."""
+        values = torch.empty(3, self._count, dtype=torch.float64, device=self._hidden.device)
+        for start in range(0, self._count, self._size):
+            part = slice(start, min(start + self._size, self._count))
+            values[:, part] = self._chunk(part)
+        if self.d_weight is not None and not self._count:
+            self.d_weight.zero_()
+        return values
 
-    Writes its rows of `d_whole` and adds its share to `d_weight`, which the first chunk overwrites.
-    """
-    rows, vocab = settings.rows, settings.vocab
-    where, ids = rows.rows[part], rows.ids[part]
-    hidden = whole[where]
-    torch.mm(hidden, weight.t(), out=logits)
-    logits[:, vocab.num_real :] = -torch.inf
-    column, owned = _columns(ids, vocab)
-    named = _take_out_(logits, column, owned)
-    top, mass, tilt = _exponentiate_(logits)
-    softmax = _reduce(top, mass, tilt, named, vocab)
-    loss, weights = rows.objective(softmax.class_logprobs, part)
+    def _chunk(self, part: slice) -> torch.Tensor:
+        """`TokenValues` of c rows as float64 [3, c]; leaves their gradients in the buffers."""
+        rows, vocab, weight = self._settings.rows, self._settings.vocab, self._weight
+        where, ids = rows.rows[part], rows.ids[part]
+        hidden = self._hidden[where]
+        logits = torch.mm(hidden, weight.t(), out=self._logits[: part.stop - part.start])
+        logits[:, vocab.num_real :] = -torch.inf
+        column, owned = _columns(ids, vocab)
+        named = _take_out_(logits, column, owned)
+        top, mass, tilt = _exponentiate_(logits)
+        softmax = _reduce(top, mass, tilt, named, vocab)
+        loss, weights = rows.objective(softmax.class_logprobs, part)
 
-    if d_whole is not None:
-        weights = weights * rows.token_weights[part, None]
-        named_gradient, rest_scale = _logit_gradient(softmax, weights, top, mass)
-        logits.mul_(rest_scale.float()[:, None])
-        logits.scatter_add_(1, column, (named_gradient * owned).to(logits.dtype))
-        d_whole[where] = logits @ weight
-        if d_weight is not None:
-            _add_product_(d_weight, logits, hidden, keep=part.start > 0)
-    return torch.stack([loss, softmax.class_logprobs[:, 0], softmax.entropy])
+        if self.d_hidden is not None:
+            weights = weights * rows.token_weights[part, None]
+            named_gradient, rest_scale = _logit_gradient(softmax, weights, top, mass)
+            logits.mul_(rest_scale.float()[:, None])
+            logits.scatter_add_(1, column, (named_gradient * owned).to(logits.dtype))
+            self.d_hidden[where] = logits @ weight
+            if self.d_weight is not None:
+                _add_product_(self.d_weight, logits, hidden, keep=part.start > 0)
+        return torch.stack([loss, softmax.class_logprobs[:, 0], softmax.entropy])
 
 
 def _columns(ids: torch.Tensor, vocab: VocabRange) -> tuple[torch.Tensor, torch.Tensor]:
