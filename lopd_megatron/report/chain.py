@@ -69,11 +69,11 @@ def rules(run: RunFolder) -> list[Rule]:
     if run.is_sft:
         return []
     sft_teacher = data.sft_teacher or (run.weights.sft_teacher if run.weights else None)
-    vocabularies = [data.tokenizer, run.weights.tokenizer if run.weights else None]
+    trained = run.weights.tokenizer if run.weights else None
     return [
         _rule("The teacher that scored the rollouts wrote the student's SFT data", data.teacher, sft_teacher),
         _rule("The rollouts were sampled by the weights that training starts from", data.generator, start),
-        _rule("Data and trained weights have one vocabulary", *vocabularies, key="vocabulary"),
+        _rule("Data and trained weights have one vocabulary", data.tokenizer, trained, key="vocabulary"),
     ]
 
 

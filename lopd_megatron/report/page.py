@@ -58,7 +58,7 @@ def render(run: RunFolder, *, documents: int = 4) -> str:
 
 def _facts(run: RunFolder) -> list[tuple[str, str]]:
     """The few numbers above everything else."""
-    facts = []
+    facts: list[tuple[str, str]] = []
     if run.config:
         facts.append(("objective", run.config.loss.objective))
     if run.datasets:

@@ -12,7 +12,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("loss", "parallel"),
     ("data", "model"),
     ("inference", "train", "effopd", "analysis"),
-    ("launch",),
+    ("launch", "report"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Siblings that may not import each other although they stand on one level: the stages.
@@ -69,7 +69,9 @@ def violations(path: Path, root: Path) -> list[str]:
 
 
 def sources() -> list[Path]:
-    return sorted(p for folder in ("lopd_megatron", "tools", "recipes") for p in (ROOT / folder).rglob("*.py"))
+    return sorted(
+        p for folder in ("lopd_megatron", "tools", "recipes") for p in (ROOT / folder).rglob("*.py")
+    )
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: path.relative_to(ROOT).as_posix())
