@@ -29,7 +29,7 @@ class RankError(RuntimeError):
     """A rank of a test world raised, died or ran out of time; the message holds its traceback."""
 
 
-def run_world(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300) -> list[Any]:
+def run_world(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 600) -> list[Any]:
     """Run `function(*args)` on `world_size` fresh gloo ranks; return what each rank returned, in rank order.
 
     `function` is a module-level function; arguments and results travel by pickle (tensors included).
