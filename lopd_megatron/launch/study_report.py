@@ -90,7 +90,7 @@ def quality_table(results: Results, cells: Sequence[str]) -> str:
 
 
 def cost_table(results: Results, cells: Sequence[str]) -> str:
-    """Seconds by stage, and iterations and seconds to an accuracy."""
+    """Mean seconds by stage after the SFT student, and iterations and seconds to an accuracy."""
     stages = [s for s in STAGES if any(s in r["seconds"] for c in cells for r in results[c].values())]
     header = (
         "cell",
@@ -101,11 +101,11 @@ def cost_table(results: Results, cells: Sequence[str]) -> str:
     rows = []
     for cell in cells:
         by_stage = [
-            _text(over_seeds(results, cell, lambda r, s=stage: r["seconds"].get(s)), 1, 1)  # type: ignore[misc]
+            _mean(over_seeds(results, cell, lambda r, s=stage: r["seconds"].get(s)))  # type: ignore[misc]
             for stage in stages
         ]
         reached = [_reached(results, cell, level) for level in LEVELS]
-        rows.append((f"`{cell}`", *by_stage, _text(over_seeds(results, cell, total_seconds), 1, 1), *reached))
+        rows.append((f"`{cell}`", *by_stage, _mean(over_seeds(results, cell, total_seconds)), *reached))
     return table(header, rows)
 
 
@@ -185,6 +185,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return ""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _mean(value: Interval | None) -> str:
+    return "–" if value is None else f"{value.mean:.0f}"
 
 
 def _text(value: Interval | None, scale: float, digits: int) -> str:

@@ -27,7 +27,7 @@ class Interval:
 
     def text(self, scale: float = 1.0, digits: int = 1) -> str:
         if self.half is None:
-            return f"{scale * self.mean:.{digits}f} (one seed)"
+            return f"{scale * self.mean:.{digits}f}"
         return f"{scale * self.mean:.{digits}f} ± {scale * self.half:.{digits}f}"
 
 
