@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help env system demo demo-clean test check format lock
+.PHONY: help env system triton-interpreter demo demo-clean test check format lock
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -30,7 +30,14 @@ lock: env  ## resolve pyproject.toml again into the committed lock
 system:
 	@tools/install_system_packages.sh
 
-test: env system  ## unit, distributed, end-to-end and Slurm tests on CPU
+# vLLM's native token scoring needs Triton; on a CPU its interpreter does. Beside the environment and not in
+# it: 1 GB, and torch behaves differently where it finds Triton.
+triton-interpreter: $(VENV)/triton-interpreter
+
+$(VENV)/triton-interpreter: | env
+	$(VENV)/bin/pip install -q --no-deps --target $@.tmp triton==3.9.0 && mv $@.tmp $@
+
+test: env system triton-interpreter  ## unit, distributed, end-to-end and Slurm tests on CPU
 	$(PY) -m pytest tests
 
 check: env  ## ruff and mypy

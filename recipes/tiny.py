@@ -34,8 +34,8 @@ def _base(root: str) -> RunConfig:
     )
     for section in (config.rollout, config.scoring, config.evaluation):
         section.engine = engine.model_copy()
-        if section is not config.scoring:
-            section.max_response_tokens = LONGEST - task.PROMPT_LENGTH
+    config.rollout.max_response_tokens = LONGEST - task.PROMPT_LENGTH
+    config.evaluation.max_response_tokens = LONGEST - task.PROMPT_LENGTH
     config.data.seq_length = 1024
     config.data.alignment_sample = 64
     config.data.alignment_tolerance = 1e-3
