@@ -1,5 +1,7 @@
 """Whole tensors out of a `torch_dist` checkpoint, one at a time, in one process and without a GPU.
 
+Memory: the largest tensor, or the experts of one layer.
+
 The keys on disk are Transformer Engine's whatever wrote them (`specs.py` sees to that); layers and experts
 are stacked into leading dimensions where all layers are of one kind: `decoder.layers.mlp.linear_fc1.weight`
 [layers, ...], `decoder.layers.mlp.experts.experts.linear_fc1.weight` [layers, experts, ...].
@@ -33,6 +35,8 @@ class CheckpointTensors:
             for key, tensor in metadata.items()
             if not key.startswith("optimizer.")
         }
+        # The experts of the layer being read, by their layout: both projections alternate.
+        self._experts: dict[str, tuple[tuple, torch.Tensor]] = {}
         dtypes = {metadata[key].dtype for key in self._shapes}
         self.dtype = torch.bfloat16 if torch.bfloat16 in dtypes else torch.float32
 
@@ -41,17 +45,29 @@ class CheckpointTensors:
         return self._shapes[key][len(index) :]
 
     def read(self, weight: Weight) -> torch.Tensor:
-        """One whole tensor on the CPU; reads only the bytes of its slice."""
+        """One whole tensor on the CPU; experts are read a layer at a time."""
+        key, index = self._locate(weight)
+        if not weight.expert:
+            return self._load(key, index)
+        # Finding one slice among the chunks of a stacked key costs as much as finding a layer of them.
+        *layer, expert = index
+        place = (key, *layer)
+        if self._experts.get(weight.layout, (None,))[0] != place:
+            self._experts[weight.layout] = (place, self._load(key, tuple(layer)))
+        return self._experts[weight.layout][1][expert]
+
+    def _load(self, key: str, index: tuple[int, ...]) -> torch.Tensor:
+        """What a key holds at a position in its leading dimensions."""
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing import ShardedTensor
 
-        key, index = self._locate(weight)
         shape = self._shapes[key]
-        data = torch.empty((1,) * len(index) + shape[len(index) :], dtype=self.dtype)
+        rest = shape[len(index) :]
+        data = torch.empty((1,) * len(index) + rest, dtype=self.dtype)
         offsets = [(axis, position, shape[axis]) for axis, position in enumerate(index)]
         wanted = {"tensor": ShardedTensor.from_rank_offsets(key, data, *offsets)}
         loaded = dist_checkpointing.load(wanted, self._folder, validate_access_integrity=False)
-        return loaded["tensor"].reshape(shape[len(index) :])
+        return loaded["tensor"].reshape(rest)
 
     def _locate(self, weight: Weight) -> tuple[str, tuple[int, ...]]:
         """Key on disk and the position in its leading dimensions (layer, expert) where it is stacked."""
