@@ -53,7 +53,7 @@ AccountingStorageType=accounting_storage/none
 ReturnToService=2
 SlurmdParameters=config_overrides
 KillWait={kill_wait}
-MinJobAge=600
+MinJobAge=7200
 GresTypes=gpu
 {nodes}
 PartitionName=debug Nodes={names} Default=YES MaxTime=INFINITE State=UP
