@@ -16,7 +16,7 @@ from lopd_megatron.data.build import build_dataset
 from lopd_megatron.data.filters import Filters
 from lopd_megatron.files import write_json
 from lopd_megatron.inference.accuracy import summarize
-from lopd_megatron.inference.shards import write_shard
+from lopd_megatron.inference.shards import Kind, write_shard
 from lopd_megatron.lineage import Fingerprint, Lineage, write_model_lineage
 from lopd_megatron.records import PROMPT_SCHEMA, ROLLOUT_SCHEMA, SCORED_SCHEMA
 from recipes import tiny, tiny_task
@@ -104,7 +104,7 @@ def _lineage(folder: Path, **models: Fingerprint) -> Lineage:
         "vocabulary": "f" * 64,
         "chat_template": "0" * 64,
     }
-    return Lineage(tokenizer=tokenizer, **models)
+    return Lineage.model_validate({"tokenizer": tokenizer, **models})
 
 
 def _rollouts(rng: np.random.Generator, count: int, *, spread: float) -> list[dict[str, Any]]:
@@ -143,10 +143,11 @@ def _write_prompts(run: Paths, lineage: Lineage) -> None:
 
 
 def _write_shards(run: Paths, rows: list[dict[str, Any]], lineage: Lineage) -> None:
-    for folder, schema, kind in (
+    stages: list[tuple[Path, pa.Schema, Kind]] = [
         (run.rollouts, ROLLOUT_SCHEMA, "rollouts"),
         (run.scored, SCORED_SCHEMA, "scored"),
-    ):
+    ]
+    for folder, schema, kind in stages:
         folder.mkdir(parents=True)
         table = pa.Table.from_pylist([{name: row[name] for name in schema.names} for row in rows], schema)
         write_shard(folder, 0, table, kind=kind, num_shards=1, lineage=lineage)

@@ -1,0 +1,230 @@
+"""Every command in README and docs is one that the programs understand; every link leads somewhere.
+
+Commands are found in ```bash and unmarked code blocks. They are not run: recipes are loaded, overrides are
+applied, and options are looked up in the programs. What is quoted as an error stands in the sources.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import itertools
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lopd_megatron import cli
+from lopd_megatron.config import RunConfig
+from lopd_megatron.errors import UserError
+from lopd_megatron.records import COLUMNS
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+OURS = ("python", "torchrun", "make", "slurm/pipeline.sh", "sbatch")
+OTHERS = {"git", "cd", "source", "pip", "hf", "squeue", "tail", "docker", "export"}
+TORCHRUN = {"--nproc-per-node", "--nnodes", "--standalone", "-m"}
+
+
+def code_blocks(text: str) -> Iterator[tuple[str, str]]:
+    yield from re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.S | re.M)
+
+
+def commands(page: Path) -> Iterator[str]:
+    """Each command of a page on one line, comments and prompts removed."""
+    for language, body in code_blocks(page.read_text()):
+        if language not in ("", "bash", "sh", "console"):
+            continue
+        for line in re.sub(r"\\\n\s*", " ", body).splitlines():
+            for part in line.split("&&"):
+                command = part.split(" #")[0].strip()
+                first = command.split(" ")[0].removeprefix(".venv/bin/")
+                if first in OURS or first in OTHERS or first.startswith("$EDITOR"):
+                    yield command.removeprefix(".venv/bin/")
+
+
+CASES = [(page.name, command) for page in PAGES for command in dict.fromkeys(commands(page))]
+
+
+@pytest.mark.parametrize(("page", "command"), CASES, ids=[f"{page}: {text}" for page, text in CASES])
+def test_command(page: str, command: str) -> None:
+    """The program exists, the recipe loads, and every option and setting is known."""
+    check(command)
+
+
+def check(command: str) -> None:
+    # `…` stands for what a reader fills in; [brackets] mark what may be left out.
+    words = shlex.split(re.sub(r"…|\.\.\.|(?<=\s)\[|\](?=\s|\.|$)", "", command))
+    if words[0] == "make":
+        for target in words[1:]:
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), f"make {target}"
+    elif words[0] == "python":
+        _check_python(words[1:])
+    elif words[0] == "torchrun":
+        rest = words[1:]
+        module = rest[rest.index("-m") + 1]
+        ours = rest[rest.index("-m") + 2 :]
+        for option in rest[: rest.index("-m")]:
+            assert not option.startswith("--") or option.split("=")[0] in TORCHRUN, option
+        _check_python(["-m", module, *ours])
+    elif words[0] == "slurm/pipeline.sh":
+        assert (ROOT / words[0]).is_file()
+        _check_options("lopd_megatron.launch", words[1:])
+    elif words[0].startswith("$EDITOR"):
+        assert (ROOT / words[1]).is_file(), words[1]
+
+
+def _check_python(words: list[str]) -> None:
+    if words[0] == "-m":
+        if words[1] == "venv":
+            return
+        assert importlib.util.find_spec(words[1]) is not None, words[1]
+        _check_options(words[1], words[2:])
+    else:
+        assert (ROOT / words[0]).is_file(), words[0]
+        _check_options(words[0], words[1:])
+
+
+def _check_options(program: str, words: list[str]) -> None:
+    known = options(program)
+    for word, value in itertools.pairwise([*words, ""]):
+        if word == "--recipe" and re.fullmatch(r"recipes/\w+\.py:\w+", value):
+            known |= set(cli._flags(cli.load_recipe(value)))
+    for before, word in itertools.pairwise(["", *words]):
+        if word.startswith("--"):
+            assert word.split("=")[0] in known, f"{program} has no option {word}"
+        elif re.fullmatch(r"[a-z_]+(\.\w+)+=.*", word) and not before.startswith("--"):
+            key, value = word.split("=", 1)
+            if value and not value.isupper():  # ACCOUNT stands for what the reader fills in
+                cli.apply_override(RunConfig(), key, value)
+            else:
+                assert key in RunConfig().leaves(), key
+
+
+def options(program: str) -> set[str]:
+    """Whatever looks like an option in a program and in the command line that programs share."""
+    if program == "lopd_megatron.launch.nemo_run":
+        return {"--factory", "--yes"}  # NeMo-Run's own command line; tests/slurm runs it
+    path = ROOT / program if program.endswith(".py") else _module_file(program)
+    trees = [ast.parse(file.read_text()) for file in (path, ROOT / "lopd_megatron" / "cli.py")]
+    words = [str(node.value) for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    return {"--help"} | {word for word in words if re.fullmatch(r"--[a-z-]+", word)}
+
+
+def _module_file(module: str) -> Path:
+    path = ROOT / Path(*module.split("."))
+    return path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python tools/no_such_program.py",
+        "python tools/make_report.py runs/x --no-such-option",
+        "python tools/evaluate.py --recipe recipes/tiny.py:no_such_recipe",
+        "python -m lopd_megatron.train --recipe recipes/tiny.py:sft optimizer.learning_rate=1",
+        "python -m lopd_megatron.no_such_module",
+        "make no-such-target",
+    ],
+)
+def test_a_planted_wrong_command_is_found(command: str) -> None:
+    with pytest.raises((AssertionError, UserError, SystemExit)):
+        check(command)
+
+
+def test_commands_are_found_at_all() -> None:
+    assert len(CASES) > 40
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_paths_lead_somewhere(page: Path) -> None:
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        if not target.startswith("http") and target != "study.md":  # study.md is written by tools/study.py
+            assert (page.parent / target).exists(), target
+    for path in re.findall(
+        r"`((?:lopd_megatron|tools|recipes|tests|slurm)/[\w./]+\.(?:py|sh|sbatch|json))`", text
+    ):
+        assert (ROOT / path).exists(), path
+
+
+def test_python_blocks_are_valid() -> None:
+    for page in PAGES:
+        for language, body in code_blocks(page.read_text()):
+            if language == "python":
+                compile(body, page.name, "exec")
+
+
+def test_settings_that_pages_name_exist() -> None:
+    known = RunConfig().leaves()
+    sections = {key.split(".")[0] for key in known if "." in key}
+    for page in PAGES:
+        for name in re.findall(r"`([a-z_]+\.[a-z_.]+?)(?:=[^`]*)?`", page.read_text()):
+            section, _, field = name.partition(".")
+            # `train.tokens` is a file of a dataset, `launch.refresh` a module.
+            first = field.split(".")[0]
+            other = first in {*COLUMNS, "py", "json", "building", "manifest", ""}
+            other |= (ROOT / "lopd_megatron" / section / f"{first}.py").exists()
+            if section in sections and not other:
+                assert any(key == name or key.startswith(name + ".") for key in known), f"{page.name}: {name}"
+
+
+@functools.cache
+def source_text() -> str:
+    """All string literals of the package, f-strings with a gap for each value."""
+    found = []
+    for path in (ROOT / "lopd_megatron").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                found.append(
+                    "".join(str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values)
+                )
+    return "\n".join(found)
+
+
+def quoted_errors() -> list[str]:
+    """First cells of the tables of troubleshooting.md that quote an error."""
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    cells = re.findall(r"^\| `([^`]*[ …][^`]*)`", text, re.M)
+    return [cell for cell in cells if " " in cell]
+
+
+@pytest.mark.parametrize("error", quoted_errors())
+def test_quoted_errors_are_those_of_the_programs(error: str) -> None:
+    for piece in filter(None, (piece.strip(" ;?") for piece in error.split("…"))):
+        assert piece in source_text(), piece
+
+
+def test_the_dockerfile_has_no_lint() -> None:
+    hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}")
+    if hadolint is None:
+        pytest.skip("hadolint is not in this environment; the dev extra brings it")
+    done = subprocess.run([hadolint, "Dockerfile"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_script_that_installs_packages_has_no_lint() -> None:
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not in this environment; the dev extra brings it")
+    scripts = sorted(str(path) for path in (ROOT / "tools").glob("*.sh"))
+    done = subprocess.run([shellcheck, *scripts], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_every_program_documents_itself() -> None:
+    """The docstring of a tool, which is its --help, shows how it is called."""
+    for path in sorted((ROOT / "tools").glob("*.py")):
+        tree = ast.parse(path.read_text())
+        if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
+            assert re.search(rf"(python|torchrun).* tools/{path.name}", ast.get_docstring(tree) or ""), (
+                path.name
+            )
