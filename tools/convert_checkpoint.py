@@ -2,12 +2,14 @@
 
     python tools/convert_checkpoint.py import    --hf FOLDER --checkpoint NEW_FOLDER
     python tools/convert_checkpoint.py export    --checkpoint FOLDER --hf SOURCE_FOLDER --output NEW_FOLDER
+    python tools/convert_checkpoint.py export    --recipe FILE.py:FUNCTION
     python tools/convert_checkpoint.py roundtrip --hf FOLDER --work NEW_FOLDER
     python tools/convert_checkpoint.py verify    --hf FOLDER [--checkpoint FOLDER]
 
 import     writes the weights as a torch_dist checkpoint that loads under any layout
 export     writes a checkpoint (iter_0000150/, or the folder above it for the newest) of any layout as
-           safetensors; config, tokenizer and generation config come from the folder training started from
+           safetensors; config, tokenizer and generation config come from the folder training started from;
+           a recipe names all three folders
 roundtrip  imports, exports, compares bit for bit and removes what it wrote
 verify     compares the logits of transformers and of Megatron on fixed tokens in float32; with
            --checkpoint the Megatron side is the checkpoint and --hf its export
@@ -23,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from lopd_megatron.cli import load_recipe
 from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import UserError, run_program
 from lopd_megatron.model.config import StudentSpec, read_hf_config, student_spec
@@ -56,13 +59,29 @@ def parse_arguments() -> argparse.Namespace:
     for name, needed in options.items():
         command = commands.add_parser(name)
         for option in needed:
-            command.add_argument(option, type=Path, required=True, metavar="FOLDER")
+            command.add_argument(option, type=Path, required=name != "export", metavar="FOLDER")
         command.add_argument("--dry-run", action="store_true", help="print what would be read and written")
         if name != "verify":
             command.add_argument("--precision", choices=("bf16", "fp32"), help="default: as stored")
     commands.choices["export"].add_argument("--overwrite", action="store_true")
+    commands.choices["export"].add_argument("--recipe", metavar="FILE.py:FUNCTION")
     commands.choices["verify"].add_argument("--checkpoint", type=Path, metavar="FOLDER")
-    return arguments.parse_args()
+    args = arguments.parse_args()
+    if args.command == "export":
+        fill_from_recipe(args)
+    return args
+
+
+def fill_from_recipe(args: argparse.Namespace) -> None:
+    """The folders of an export that were not given, from the recipe's run."""
+    if args.recipe:
+        config = load_recipe(args.recipe)
+        args.checkpoint = args.checkpoint or config.paths.checkpoints
+        args.hf = args.hf or Path(config.model.student)
+        args.output = args.output or config.paths.hf
+    for name in ("checkpoint", "hf", "output"):
+        if getattr(args, name) is None:
+            raise UserError(f"export needs --{name} FOLDER, or --recipe FILE.py:FUNCTION which names it")
 
 
 def show_plan(args: argparse.Namespace) -> int:

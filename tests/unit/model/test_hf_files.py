@@ -111,3 +111,17 @@ def test_outputs_are_not_overwritten_by_accident(tmp_path: Path) -> None:
     check_output(out, source, overwrite=True)
     with pytest.raises(UserError, match="is the source model itself"):
         check_output(source, source, overwrite=True)
+
+
+def test_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(100)}, file)
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(UserError, match=r"model\.safetensors ends inside a; copy it again"):
+        HfFolder(tmp_path).read("a")
+    file.write_bytes(b"\x20\0\0\0\0\0\0\0 not a header at all, only text ")
+    with pytest.raises(UserError, match="is not a safetensors file"):
+        HfFolder(tmp_path)
+    save_file({"a": torch.ones(3, dtype=torch.int64)}, file)
+    with pytest.raises(UserError, match=r"a in .* is I64; only F32, BF16, F16 are supported"):
+        HfFolder(tmp_path)
