@@ -5,16 +5,18 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lopd_megatron.data.build import build_dataset
+from lopd_megatron.data.build import build_dataset, write_dataset
 from lopd_megatron.data.filters import Filters
 from lopd_megatron.data.manifest import manifest_path
 from lopd_megatron.data.store import open_dataset
-from tests.unit.data.samples import files_of, forked, random_rows, write_shards
+from tests.unit.data.samples import documents, files_of, forked, random_rows, write_shards
 
 # File-system events that Python announces to audit hooks; writes between two of them leave the same files.
 EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.mkdir"}
@@ -25,7 +27,13 @@ def build(source: Path, prefix: Path) -> None:
 
 
 def build_and_die(source: Path, prefix: Path, last_event: int | None, report: Path | None = None) -> None:
-    """Build in this process and kill −9 it in the middle of file-system event number `last_event`."""
+    die_at(last_event, prefix, lambda: build(source, prefix), report)
+
+
+def die_at(
+    last_event: int | None, prefix: Path, work: Callable[[], object], report: Path | None = None
+) -> None:
+    """Work in this process and kill −9 it in the middle of file-system event number `last_event`."""
     seen = 0
 
     def hook(event: str, arguments: tuple) -> None:
@@ -36,7 +44,7 @@ def build_and_die(source: Path, prefix: Path, last_event: int | None, report: Pa
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
-    build(source, prefix)
+    work()
     if report is not None:
         report.write_text(str(seen))
 
@@ -72,6 +80,21 @@ def test_killed_at_every_file_system_event(source: Path, ram_path: Path) -> None
         prefix = new_prefix(ram_path / str(event))
         assert forked(functools.partial(build_and_die, source, prefix, event)) == -signal.SIGKILL
         assert_resumes(source, prefix, expected)
+
+
+def test_a_replacement_is_killed_at_every_file_system_event(ram_path: Path) -> None:
+    """The same lengths, so that sizes tell nothing: a reader sees old, new or none, never a mixture."""
+    new = [replace(document, tokens=document.tokens + 1) for document in documents(5)]
+    for event in range(1, 1000):
+        prefix = new_prefix(ram_path / str(event))
+        write_dataset(prefix, documents(5))
+        status = forked(functools.partial(die_at, event, prefix, lambda p=prefix: write_dataset(p, new)))
+        if manifest_path(prefix).exists():
+            open_dataset([prefix]).verify()
+        if status == 0:
+            break
+    assert event > 30
+    assert open_dataset([prefix]).document(0)["tokens"].tolist() == new[0].tokens.tolist()
 
 
 def test_killed_twice_at_random_moments(source: Path, ram_path: Path) -> None:

@@ -44,3 +44,4 @@ def test_every_document_is_as_likely_everywhere() -> None:
 def test_the_order_never_changes(seed: int, epoch: int, expected: list[int]) -> None:
     """A checkpoint of today must go on in its order under every later numpy."""
     assert permutation(10, seed, epoch).tolist() == expected
+    assert Order(10, seed).take(10 * epoch, 10).tolist() == expected

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lopd_megatron.data.packing import balance, best_fit_decreasing, flop_cost, plan_step, utilisation
+from lopd_megatron.data.packing import balance, best_fit_decreasing, plan_step, utilisation
 
 LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=60).map(np.array)
 
@@ -86,7 +86,7 @@ def test_ranks_are_balanced_by_flops(name: str, ranks: int) -> None:
     for step in range(20):
         here = lengths[step * 256 : (step + 1) * 256]
         plan = plan_step(here, data_parallel_size=ranks, capacity=CAPACITY[name])
-        cost = flop_cost(here)
+        cost = here + here**2 / 51_000  # Qwen3-8B; at 32k tokens attention is 40 % of it
         totals = np.array([sum(cost[row].sum() for row in rank) for rank in plan.microbatches])
         efficiency.append(totals.mean() / totals.max())
         strided.append(cost.sum() / ranks / max(cost[rank::ranks].sum() for rank in range(ranks)))
