@@ -23,6 +23,7 @@ import pytest
 from lopd_megatron import cli
 from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import UserError
+from lopd_megatron.launch.__main__ import main as launch
 from lopd_megatron.records import COLUMNS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +48,11 @@ def commands(page: Path) -> Iterator[str]:
                 first = command.split(" ")[0].removeprefix(".venv/bin/")
                 if first in OURS or first in OTHERS or first.startswith("$EDITOR"):
                     yield command.removeprefix(".venv/bin/")
+
+
+def is_dry_launch(command: str) -> bool:
+    starts = ("slurm/pipeline.sh", "python -m lopd_megatron.launch ")
+    return command.startswith(starts) and "--dry-run" in command and not re.search(r"FILE|\$", command)
 
 
 CASES = [(page.name, command) for page in PAGES for command in dict.fromkeys(commands(page))]
@@ -122,6 +128,19 @@ def _module_file(module: str) -> Path:
     return path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
 
 
+@pytest.mark.parametrize("command", dict.fromkeys(command for _, command in CASES if is_dry_launch(command)))
+def test_a_launch_is_rendered(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dry runs of whole chains are cheap enough to be made, in this process."""
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command)
+    start = 3 if words[0] == "python" else 1
+    executor = [] if words[0] == "python" else ["--executor", "sbatch"]
+    launch([*words[start:], *executor])
+    assert "lopd_megatron" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -159,6 +178,14 @@ def test_python_blocks_are_valid() -> None:
         for language, body in code_blocks(page.read_text()):
             if language == "python":
                 compile(body, page.name, "exec")
+
+
+def test_values_that_pages_name_are_accepted() -> None:
+    for page in PAGES:
+        for word in " ".join(re.findall(r"`([^`\n]+)`", page.read_text())).split():
+            key, _, value = word.partition("=")
+            if key in RunConfig().leaves() and value and not value.isupper() and "…" not in value:
+                cli.apply_override(RunConfig(), key, value)
 
 
 def test_settings_that_pages_name_exist() -> None:
