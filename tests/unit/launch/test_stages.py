@@ -152,3 +152,10 @@ def test_shell_stops_at_the_first_failure_and_repeats_early_stops(tmp_path: Path
 def test_secrets_do_not_travel_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "hush")
     assert "hush" not in sbatch.render(stages(run_config(), "r"))
+
+
+def test_a_refresh_round_waits_for_the_export_of_the_one_before() -> None:
+    rounds = ["recipes/tiny.py:lightning_opd_round_1", "recipes/tiny.py:lightning_opd_round_2"]
+    found = {stage.job: stage for stage in chain(rounds)}
+    assert "lightning_opd_round_1-export" in found["lightning_opd-rollouts"].after
+    assert "lightning_opd_round_1-export" in found["lightning_opd-train"].after
