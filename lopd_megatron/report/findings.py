@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from lopd_megatron.config import RunConfig
 from lopd_megatron.report.chain import rules
 from lopd_megatron.report.run_folder import RunFolder
 
@@ -66,7 +67,23 @@ def _training(run: RunFolder) -> Iterator[str]:
     config, last = run.config, run.metrics[-1]
     if last["iteration"] < config.train.train_iters:
         yield f"training stands at iteration {last['iteration']:,} of {config.train.train_iters:,}"
-    recent = run.metrics[-config.staleness.window :]
+    if not run.is_sft:  # answers of a teacher are never those of the student
+        yield from _staleness(run.metrics, config)
+    clipped = _mean(_recent(run.metrics, config), "clip_fraction")
+    if clipped is not None and clipped > MAX_CLIPPED:
+        yield (
+            f"clip_fraction is {clipped:.0%} (limit {MAX_CLIPPED:.0%}); "
+            f"loss.advantage_clip={config.loss.advantage_clip} may be too small"
+        )
+    if "reverse_kl" in last and last["reverse_kl"] > run.metrics[0]["reverse_kl"]:
+        yield (
+            f"reverse_kl rose from {run.metrics[0]['reverse_kl']:.4f} to {last['reverse_kl']:.4f}; "
+            "lower optimizer.lr, and look at the lineage"
+        )
+
+
+def _staleness(metrics: list[dict[str, Any]], config: RunConfig) -> Iterator[str]:
+    recent = _recent(metrics, config)
     fraction = _mean(recent, "effective_sample_fraction")
     lowest = config.staleness.min_effective_sample_fraction
     if fraction is not None and fraction < lowest:
@@ -80,17 +97,6 @@ def _training(run: RunFolder) -> Iterator[str]:
             f"drift_kl is {drift:.3f} nats per token (limit {config.staleness.max_drift_kl}): the student "
             "has left the policy that wrote the rollouts"
         )
-    clipped = _mean(recent, "clip_fraction")
-    if clipped is not None and clipped > MAX_CLIPPED:
-        yield (
-            f"clip_fraction is {clipped:.0%} (limit {MAX_CLIPPED:.0%}); "
-            f"loss.advantage_clip={config.loss.advantage_clip} may be too small"
-        )
-    if "reverse_kl" in last and last["reverse_kl"] > run.metrics[0]["reverse_kl"]:
-        yield (
-            f"reverse_kl rose from {run.metrics[0]['reverse_kl']:.4f} to {last['reverse_kl']:.4f}; "
-            "lower optimizer.lr, and look at the lineage"
-        )
 
 
 def _evaluation(run: RunFolder) -> Iterator[str]:
@@ -102,6 +108,12 @@ def _evaluation(run: RunFolder) -> Iterator[str]:
                     f"evaluation of {summary['name']}: {summary[key] / answers:.0%} of the samples {what} "
                     f"(limit {MAX_WITHOUT_ANSWER:.0%})"
                 )
+
+
+def _recent(metrics: list[dict[str, Any]], config: RunConfig) -> list[dict[str, Any]]:
+    """The lines of the last `staleness.window` iterations."""
+    begin = metrics[-1]["iteration"] - config.staleness.window
+    return [line for line in metrics if line["iteration"] > begin]
 
 
 def _mean(lines: list[dict[str, Any]], name: str) -> float | None:

@@ -47,6 +47,15 @@ def test_training(run: RunFolder, values: dict[str, float], expected: str) -> No
     assert expected in found
 
 
+def test_answers_of_a_teacher_are_not_stale_rollouts(run: RunFolder) -> None:
+    """SFT data of vLLM has rollout log-probs, too: the teacher's."""
+    assert run.config is not None
+    config = run.config.model_copy(deep=True)
+    config.loss.objective = "sft"
+    sft = dataclasses.replace(with_metrics(quiet(run), drift_kl=9.0), config=config)
+    assert findings(sft) == []
+
+
 def test_training_that_is_not_finished_or_gets_worse(run: RunFolder) -> None:
     half = dataclasses.replace(quiet(run), metrics=quiet(run).metrics[:20])
     assert findings(half) == ["training stands at iteration 20 of 60"]

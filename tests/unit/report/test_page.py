@@ -145,11 +145,11 @@ def test_an_sft_run(run: Path) -> None:
     (run / "config.json").write_text(json.dumps(config))
     shutil.rmtree(run / "scored")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    kept = ("iteration", "loss", "entropy", "lr", "grad_norm", "iteration_time_ms")
+    kept = ("iteration", "loss", "entropy", "drift_kl", "lr", "iteration_time_ms")
     (run / "metrics.jsonl").write_text("".join(json.dumps({k: r[k] for k in kept}) + "\n" for r in lines))
     page = Page(render(read_run(run)))
     assert "SFT scores none" in page.text
-    assert "Not reported" in page.text
+    assert page.text.count("Not shown: SFT") == 2
 
 
 def test_text_of_a_rollout_is_escaped(run: Path) -> None:
