@@ -195,6 +195,8 @@ def list_iterations(folder: Path) -> list[int]:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what killed writers left behind."""
+    for pointer in folder.glob(f".{LATEST}.*.tmp"):
+        pointer.unlink()
     for path in [*folder.glob(".iter_*.tmp"), *folder.glob(".iter_*.old")]:
         say(f"warning: removing {path}, left by a save that was killed")
         shutil.rmtree(path, ignore_errors=True)  # its orphaned writer may still add files

@@ -60,6 +60,7 @@ def test_leftovers_of_killed_saves_are_removed(tmp_path: Path) -> None:
     write(tmp_path, 1)
     for name in (".iter_0000002.1a2b3c4d.tmp", ".iter_0000000.old"):
         (tmp_path / name).mkdir()
+    (tmp_path / f".{LATEST}.77.tmp").touch()
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["iter_0000001"]
 
