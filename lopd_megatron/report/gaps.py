@@ -39,6 +39,15 @@ class Token:
     rollout: float
 
     @property
+    def blank(self) -> str:
+        """Blanks before a word, which stay without colour: a line may break there."""
+        return self.text[: len(self.text) - len(self.word)]
+
+    @property
+    def word(self) -> str:
+        return self.text.lstrip(" ") or self.text
+
+    @property
     def strength(self) -> float:
         """0 … 1: how strongly it is coloured."""
         return min(abs(self.gap) / FAR, 1.0)
