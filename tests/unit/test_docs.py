@@ -1,28 +1,34 @@
 """Every command in README and docs is one that the programs understand; every link leads somewhere.
 
-Commands are found in ```bash and unmarked code blocks. They are not run: recipes are loaded, overrides are
-applied, and options are looked up in the programs. What is quoted as an error stands in the sources.
+Commands are found in ```bash and unmarked code blocks. Each is read by its program's own parser, recipes and
+overrides included, and stopped there; where it holds a placeholder, options are looked up in the program's
+text. What is quoted as an error stands in the sources.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import functools
 import importlib.util
+import inspect
 import itertools
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lopd_megatron import cli
 from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import UserError
+from lopd_megatron.launch import stages as launch_stages
 from lopd_megatron.launch.__main__ import main as launch
 from lopd_megatron.records import COLUMNS
 
@@ -30,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 OURS = ("python", "torchrun", "make", "slurm/pipeline.sh", "sbatch")
 OTHERS = {"git", "cd", "source", "pip", "hf", "squeue", "tail", "docker", "export"}
+PLACEHOLDER = re.compile(r"…|\.\.\.|\[|→|\$|\b(FILE|PREFIX|MODEL|FOLDER|RUN_DIR)\b")
 TORCHRUN = {"--nproc-per-node", "--nnodes", "--standalone", "-m"}
 
 
@@ -64,37 +71,82 @@ def test_command(page: str, command: str) -> None:
     check(command)
 
 
+@pytest.mark.parametrize(
+    "command",
+    dict.fromkeys(
+        text
+        for _, text in CASES
+        if text.startswith(("python ", "torchrun ")) and not PLACEHOLDER.search(text)
+    ),
+)
+def test_command_is_read_by_its_program(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read(command, monkeypatch)
+
+
+class Understood(Exception):
+    """The command line was read; nothing of the program has run."""
+
+
+def read(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a program parse a command, with required options, recipe and overrides, and no further."""
+    program, arguments = split_program(shlex.split(command))
+    if program in ("venv", "lopd_megatron.launch.nemo_run"):
+        return  # not ours; NeMo-Run's own command line, which tests/slurm runs
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    monkeypatch.setattr(sys, "argv", [program, *arguments])
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stopping(argparse.ArgumentParser.parse_args))
+    monkeypatch.setattr(cli, "parse", stopping(cli.parse))
+    monkeypatch.setattr(launch_stages, "chain", stopping(launch_stages.chain))
+    path = ROOT / program if program.endswith(".py") else _module_file(program)
+    main = runpy.run_path(str(path))["main"]
+    with pytest.raises(Understood):
+        main()
+
+
+def stopping(function: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        # `chain` and `cli.parse` call what is wrapped, too; only the program's own call stops it.
+        nested = any(frame.function == "wrapped" for frame in inspect.stack()[1:])
+        result = function(*args, **kwargs)
+        if nested:
+            return result
+        raise Understood
+
+    return wrapped
+
+
+def split_program(words: list[str]) -> tuple[str, list[str]]:
+    """`python tools/x.py …`, `python -m x …` or `torchrun … -m x …` → (program, its arguments)."""
+    if "-m" in words:
+        at = words.index("-m") + 1
+        return words[at], words[at + 1 :]
+    return words[1], words[2:]
+
+
 def check(command: str) -> None:
     # `…` stands for what a reader fills in; [brackets] mark what may be left out.
     words = shlex.split(re.sub(r"…|\.\.\.|(?<=\s)\[|\](?=\s|\.|$)", "", command))
     if words[0] == "make":
         for target in words[1:]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), f"make {target}"
-    elif words[0] == "python":
-        _check_python(words[1:])
-    elif words[0] == "torchrun":
-        rest = words[1:]
-        module = rest[rest.index("-m") + 1]
-        ours = rest[rest.index("-m") + 2 :]
-        for option in rest[: rest.index("-m")]:
-            assert not option.startswith("--") or option.split("=")[0] in TORCHRUN, option
-        _check_python(["-m", module, *ours])
+    elif words[0] in ("python", "torchrun"):
+        program, arguments = split_program(words)
+        if program.endswith(".py"):
+            assert (ROOT / program).is_file(), program
+        else:
+            assert importlib.util.find_spec(program) is not None, program
+        if words[0] == "torchrun":
+            launcher = words[1 : words.index("-m")]
+            unknown = {word.split("=")[0] for word in launcher if word.startswith("--")} - TORCHRUN
+            assert not unknown
+        if program != "venv":
+            _check_options(program, arguments)
     elif words[0] == "slurm/pipeline.sh":
         assert (ROOT / words[0]).is_file()
         _check_options("lopd_megatron.launch", words[1:])
     elif words[0].startswith("$EDITOR"):
         assert (ROOT / words[1]).is_file(), words[1]
-
-
-def _check_python(words: list[str]) -> None:
-    if words[0] == "-m":
-        if words[1] == "venv":
-            return
-        assert importlib.util.find_spec(words[1]) is not None, words[1]
-        _check_options(words[1], words[2:])
-    else:
-        assert (ROOT / words[0]).is_file(), words[0]
-        _check_options(words[0], words[1:])
 
 
 def _check_options(program: str, words: list[str]) -> None:
@@ -114,11 +166,14 @@ def _check_options(program: str, words: list[str]) -> None:
 
 
 def options(program: str) -> set[str]:
-    """Whatever looks like an option in a program and in the command line that programs share."""
+    """Whatever looks like an option in a program, and in the command line that programs share."""
     if program == "lopd_megatron.launch.nemo_run":
         return {"--factory", "--yes"}  # NeMo-Run's own command line; tests/slurm runs it
     path = ROOT / program if program.endswith(".py") else _module_file(program)
-    trees = [ast.parse(file.read_text()) for file in (path, ROOT / "lopd_megatron" / "cli.py")]
+    text = path.read_text()
+    trees = [ast.parse(text)]
+    if re.search(r"lopd_megatron(\.cli| import .*\bcli\b)", text):
+        trees.append(ast.parse((ROOT / "lopd_megatron" / "cli.py").read_text()))
     words = [str(node.value) for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
     return {"--help"} | {word for word in words if re.fullmatch(r"--[a-z-]+", word)}
 
@@ -150,11 +205,25 @@ def test_a_launch_is_rendered(
         "python -m lopd_megatron.train --recipe recipes/tiny.py:sft optimizer.learning_rate=1",
         "python -m lopd_megatron.no_such_module",
         "make no-such-target",
+        "python tools/make_tiny_task.py --recipe recipes/tiny.py:sft",
     ],
 )
 def test_a_planted_wrong_command_is_found(command: str) -> None:
-    with pytest.raises((AssertionError, UserError, SystemExit)):
+    with pytest.raises((AssertionError, UserError)):
         check(command)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python tools/plan_layout.py --model Qwen3-8B",
+        "python tools/plan_layout.py --model Qwen3-8B --gpus many --gpu-memory 80",
+        "python tools/evaluate.py --recipe recipes/tiny.py:sft train.train_iters=-1",
+    ],
+)
+def test_a_planted_command_that_its_program_refuses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises((UserError, SystemExit)):
+        read(command, monkeypatch)
 
 
 def test_commands_are_found_at_all() -> None:
