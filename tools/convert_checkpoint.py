@@ -28,6 +28,7 @@ import torch
 from lopd_megatron.cli import load_recipe
 from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import UserError, run_program
+from lopd_megatron.files import write_json
 from lopd_megatron.model.config import StudentSpec, read_hf_config, student_spec
 from lopd_megatron.parallel import topology as grid
 from lopd_megatron.progress import say
@@ -110,6 +111,10 @@ def export(args: argparse.Namespace) -> int:
     from lopd_megatron.model.export import write_hf_folder
 
     folder = newest_checkpoint(args.checkpoint)
+    made_of, note = describe_export(folder, args.precision), args.output / "export.json"
+    if args.overwrite and note.is_file() and json.loads(note.read_text()) == made_of:
+        say(f"{args.output} is already the export of {folder}")
+        return 0
     spec, _ = one_process(args.hf, "fp32")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[args.precision]
     description = folder / "checkpoint.json"
@@ -123,8 +128,16 @@ def export(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         lineage=lineage,
     )
+    write_json(note, made_of)
     say(f"exported {folder} to {args.output}")
     return 0
+
+
+def describe_export(checkpoint: Path, precision: str | None) -> dict[str, object]:
+    """What tells one export from another: the checkpoint's files by size and time, and the precision."""
+    stats = {file.name: file.stat() for file in sorted(checkpoint.glob("*")) if file.is_file()}
+    files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    return {"checkpoint": checkpoint.name, "files": files, "precision": precision}
 
 
 def roundtrip(args: argparse.Namespace) -> int:

@@ -190,7 +190,8 @@ class StepLoader:
         shift = 0 if field == "tokens" else 1
         width = self.dataset.topk if COLUMNS[column].per_topk else 1
         out = np.zeros(total * width, dtype)
-        for start, (part, first, stop) in zip(starts.tolist(), spans, strict=False):
+        # After the documents `starts` goes on with the padding and the end of the row.
+        for start, (part, first, stop) in zip(starts[: len(spans)].tolist(), spans, strict=True):
             values = part.values[column][(first + shift) * width : stop * width]
             if column == "teacher_topk_logprobs":
                 values = values.view(np.float16)

@@ -166,7 +166,7 @@ def _tool(name: str) -> tuple[str, ...]:
 
 
 def _export(config: RunConfig) -> tuple[str, ...]:
-    """The export works on folders and knows no recipe. It writes again on a second run, in seconds."""
+    """The export works on folders and knows no recipe. A second run of the same checkpoint writes nothing."""
     folders = {"checkpoint": config.paths.checkpoints, "hf": config.model.student, "output": config.paths.hf}
     options = [word for name, path in folders.items() for word in (f"--{name}", str(path))]
     return (*_tool("convert_checkpoint"), "export", *options, "--overwrite")

@@ -55,6 +55,9 @@ class HfFolder:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].shape
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor in its stored dtype; only its bytes are read."""
         stored = self._tensors[name]

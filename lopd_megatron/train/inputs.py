@@ -8,6 +8,7 @@ from typing import Any
 
 from lopd_megatron.config import RunConfig
 from lopd_megatron.data.manifest import Manifest, read_manifest
+from lopd_megatron.data.store import open_dataset
 from lopd_megatron.lineage import (
     Fingerprint,
     Lineage,
@@ -35,10 +36,13 @@ class Inputs:
 def check_inputs(config: RunConfig) -> Inputs:
     """Hold the lineage rules on the student, the teacher and every dataset; one process is enough.
 
-    The first time it reads every byte of the student; hashes are cached.
+    Every byte of the datasets is hashed, 13 a token: a flipped bit would train on. The first time it reads
+    every byte of the student too; those hashes are cached.
     """
+    for prefix in (*config.dataset_prefixes, *config.data.valid_prefixes):
+        open_dataset([prefix]).verify()
     manifests = [read_manifest(prefix) for prefix in config.dataset_prefixes]
-    reason = config.lineage.allow_mismatch
+    reasons = []
     for prefix, manifest in zip(config.dataset_prefixes, manifests, strict=True):
         reason = check_consistency(
             student=config.model.student,
@@ -48,8 +52,9 @@ def check_inputs(config: RunConfig) -> Inputs:
             objective=config.loss.objective,
             allow_mismatch=config.lineage.allow_mismatch,
         )
+        reasons += [reason] if reason and reason not in reasons else []
     start = model_fingerprint(config.model.student)
-    lineage = trained_lineage(config, manifests, start, reason)
+    lineage = trained_lineage(config, manifests, start, "; ".join(reasons))
     return Inputs(start, _datasets_fingerprint(config, manifests), lineage.model_dump())
 
 

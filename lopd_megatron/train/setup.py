@@ -122,14 +122,16 @@ def build_head_loss(config: RunConfig, spec: StudentSpec, topology: Topology) ->
 
 
 def wrap_model(chunks: Sequence[torch.nn.Module], spec: StudentSpec, config: RunConfig) -> list[Any]:
-    """Megatron's data-parallel wrapper around each chunk; gradients accumulate and reduce in fp32."""
+    """Megatron's data-parallel wrapper around each chunk; gradients accumulate and reduce in fp32 unless
+    the optimizer is precision-aware."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     settings = DistributedDataParallelConfig(
         use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
         overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
         overlap_param_gather=config.optimizer.overlap_param_gather,
-        grad_reduce_in_fp32=True,
+        # The precision-aware optimizer takes bfloat16 main gradients, which is half of what it saves.
+        grad_reduce_in_fp32=not config.optimizer.use_precision_aware_optimizer,
     )
     # Only the first chunk is cut into buckets: gradients of the later ones are ready together.
     model = [
