@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help env system triton-interpreter demo demo-clean test check format lock
+.PHONY: help env system triton-interpreter demo demo-clean study test check format lock
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -54,3 +54,6 @@ demo: env  ## the whole pipeline on a tiny task, about ten minutes on two cores
 
 demo-clean:  ## forget what the demo made
 	rm -rf runs/demo
+
+study: env  ## the comparison of docs/study.md: hours, resumable; STUDY=quick in a quarter of an hour
+	$(PY) tools/study.py $(if $(filter quick,$(STUDY)),--quick)
