@@ -3,7 +3,7 @@
     python tools/demo.py [--dry-run]
 
 Runs the stages of recipes/tiny.py in order, each as its own program; a stage that is done is skipped by its
-program, which says so. Ends with a table and `runs/demo/summary.json`.
+program, which says so. Ends with a table, `runs/demo/summary.json` and one HTML page.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def commands() -> list[tuple[str, tuple[str, ...]]]:
     make = ("python", "tools/make_tiny_task.py", "--output", f"{tiny.DEMO}/task")
     measured = chain([f"recipes/tiny.py:{recipe}" for recipe in TRAINED])
     measured += chain(["recipes/tiny.py:after"], only=("prompts", "rollouts", "score"))
-    return [("task", make), *((stage.job, stage.command) for stage in measured)]
+    report = ("python", "tools/make_report.py", str(OUTPUT / "lightning_opd"))
+    return [("task", make), *((stage.job, stage.command) for stage in measured), ("report", report)]
 
 
 def run(name: str, command: tuple[str, ...]) -> None:
@@ -72,7 +73,7 @@ def run(name: str, command: tuple[str, ...]) -> None:
     code = subprocess.call(command, env=shell.environment())
     if code:
         raise UserError(
-            f"{name} ended with exit code {code}; its messages are above. `make demo` goes on from here"
+            f"{name} ended with exit code {code}; its messages are above; `make demo` goes on from here"
         )
     seconds = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
     spent = round(time.monotonic() - start, 1)
@@ -83,11 +84,14 @@ def run(name: str, command: tuple[str, ...]) -> None:
 def summarize() -> dict[str, Any]:
     """Accuracy from the evaluations, reverse KL from scored rollouts, time from this program's clock."""
     opd = load_recipe("recipes/tiny.py:lightning_opd")
-    accuracy = {name: read_accuracy(OUTPUT / name / "evaluation") for name in COMPARED}
-    gain = accuracy["lightning_opd"]["mean"] - accuracy["sft"]["mean"]
-    error = math.hypot(*(accuracy[name]["standard_error"] for name in ("sft", "lightning_opd")))
+    evaluations = {name: read_evaluation(name) for name in COMPARED}
+    accuracy = {name: found["accuracy"] for name, found in evaluations.items()}
+    standard_error = {name: found["standard_error"] for name, found in evaluations.items()}
+    gain = accuracy["lightning_opd"] - accuracy["sft"]
+    error = math.hypot(standard_error["sft"], standard_error["lightning_opd"])
     return {
         "accuracy": accuracy,
+        "standard_error": standard_error,
         "gain_over_sft": {"points": 100 * gain, "standard_errors": gain / error if error else None},
         "reverse_kl": {
             "before": reverse_kl(opd),
@@ -104,10 +108,8 @@ def summarize() -> dict[str, Any]:
     }
 
 
-def read_accuracy(folder: Path) -> dict[str, float]:
-    (file,) = sorted(folder.glob("*.json"))
-    result = json.loads(file.read_text())
-    return {"mean": result["accuracy"], "standard_error": result["standard_error"]}
+def read_evaluation(name: str) -> dict[str, Any]:
+    return json.loads((OUTPUT / name / "evaluation" / f"{name}.json").read_text())
 
 
 def reverse_kl(config: RunConfig) -> float:
@@ -135,7 +137,7 @@ def table(summary: dict[str, Any]) -> str:
     """What the demo ends with."""
     lines = ["", f"{'model':<16}{'accuracy':>10}{'± s.e.':>10}"]
     for name, value in summary["accuracy"].items():
-        lines.append(f"{name:<16}{100 * value['mean']:>9.1f}%{100 * value['standard_error']:>9.1f}%")
+        lines.append(f"{name:<16}{100 * value:>9.1f}%{100 * summary['standard_error'][name]:>9.1f}%")
     kl, gain = summary["reverse_kl"], summary["gain_over_sft"]
     verdict = f"{gain['points']:+.1f} points, {gain['standard_errors']:.1f} standard errors"
     lines += [
