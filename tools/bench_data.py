@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -292,7 +293,8 @@ def machine() -> dict[str, str]:
         platform.machine(),
     )
     versions = f"python {platform.python_version()}, numpy {np.__version__}, torch {torch.__version__}"
-    return {"machine": f"{model}, one thread", "versions": f"{versions}, pyarrow {pa.__version__}"}
+    versions += f", pyarrow {pa.__version__}, pandas {pd.__version__}"
+    return {"machine": f"{model}, one thread", "versions": versions}
 
 
 if __name__ == "__main__":
