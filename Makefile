@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help env system triton-interpreter demo demo-clean study test check format lock
+.PHONY: help env system triton-interpreter demo demo-clean study bench test check format lock
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -57,3 +57,7 @@ demo-clean:  ## forget what the demo made
 
 study: env  ## the comparison of docs/study.md: hours, resumable; STUDY=quick in a quarter of an hour
 	$(PY) tools/study.py $(if $(filter quick,$(STUDY)),--quick)
+
+bench: env  ## ratios against peers, as JSON in docs/benchmarks/peers.json and a table in docs/performance.md
+	$(PY) tools/bench_peers.py --output docs/benchmarks/peers.json
+	$(PY) tools/bench_page.py
