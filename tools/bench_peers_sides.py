@@ -7,7 +7,6 @@ dataset, in the same steps of `BATCH` sequences at every call, and returns the l
 from __future__ import annotations
 
 import importlib
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -86,10 +85,18 @@ def write_task(folder: Path, lengths: np.ndarray) -> None:
 def _save_model(folder: Path, seed: int) -> Any:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
+    _quiet_transformers()
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(Qwen3Config(**MODEL)).float().eval()
     model.save_pretrained(folder)
     return model
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 @torch.no_grad()
@@ -158,6 +165,7 @@ def hf_loop(folder: Path) -> Pass:
     """What one would write by hand: padded batches, log_softmax over the vocabulary, gather."""
     from transformers import AutoModelForCausalLM
 
+    _quiet_transformers()
     model = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32).train()
     optimizer = _adam(model)
     documents = open_dataset([folder / "train"])
@@ -187,10 +195,10 @@ def hf_loop(folder: Path) -> Pass:
 def trl_gkd(folder: Path) -> Pass:
     """TRL's GKDTrainer: reverse KL over the vocabulary to a live teacher of the student's size."""
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    _quiet_transformers()
     student, teacher = (
         AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
         for name in ("student", "teacher")
@@ -232,6 +240,8 @@ def trl_gkd(folder: Path) -> Pass:
         processing_class=AutoTokenizer.from_pretrained(folder / "student"),
         optimizers=(_adam(student), None),
     )
+
+    trainer.remove_callback(PrinterCallback)
 
     def run() -> list[float]:
         losses.clear()

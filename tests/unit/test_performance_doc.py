@@ -72,6 +72,30 @@ def test_ratios_are_ours_over_theirs(tool: Any) -> None:
     assert result["padding_share"] == 0.0
 
 
+@pytest.mark.parametrize(("difference", "refused"), [(1e-6, False), (1e-4, True)])
+def test_other_losses_are_not_compared(
+    tool: Any, monkeypatch: pytest.MonkeyPatch, difference: float, refused: bool
+) -> None:
+    class FakeWorker:
+        def __init__(self, folder: Path, side: str, environment: dict[str, str]) -> None:
+            self.curve = [2.0, 1.0 + difference * (side == "hf_loop")]
+
+        def ask(self, question: str) -> tuple[float, list[float]]:
+            return 1.0, self.curve
+
+        def close(self) -> None: ...
+
+    peers = tool("bench_peers")
+    monkeypatch.setattr(peers, "Worker", FakeWorker)
+    if refused:
+        with pytest.raises(UserError, match=r"hf_loop: its losses differ by 1\.0e-04 from ours"):
+            peers.measure_speed(Path(), ["ours", "hf_loop"], 1)
+    else:
+        seconds, losses = peers.measure_speed(Path(), ["ours", "hf_loop"], 1)
+        assert seconds == {"ours": [1.0], "hf_loop": [1.0]}
+        assert losses["ours"] == [2.0, 1.0, 2.0, 1.0]
+
+
 def test_padding_of_batches(tool: Any) -> None:
     sides = tool("bench_peers_sides")
     documents = [
