@@ -86,7 +86,7 @@ class VllmEngine:
         if config.max_model_len == self.shape.max_position_embeddings:
             # One position more than the model has: never run, see max_model_len in _arguments.
             os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
-        _take_apart_closed()
+        take_apart_closed()
         self.dtype: Literal["bfloat16", "float32"]
         self.dtype = config.dtype if config.dtype != "auto" else ("float32" if on_cpu else "bfloat16")
         with warnings.catch_warnings():  # of torch, about vLLM's scan of all modules
@@ -318,7 +318,7 @@ def _lost_engines() -> Iterator[None]:
         raise
 
 
-def _take_apart_closed() -> None:
+def take_apart_closed() -> None:
     """Give the memory and the process group of closed engines back: vLLM allows one engine per process."""
     if not _closed_in_process:
         return

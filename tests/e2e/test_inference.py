@@ -12,7 +12,7 @@ import torch
 
 from lopd_megatron.config import EngineConfig
 from lopd_megatron.inference import shards
-from lopd_megatron.inference.engine import VllmEngine, _lost_engines
+from lopd_megatron.inference.engine import VllmEngine, _lost_engines, take_apart_closed
 from lopd_megatron.inference.prompts import prompt_id, write_prompts
 from lopd_megatron.inference.requests import (
     Failure,
@@ -40,9 +40,11 @@ CONFIG = EngineConfig(max_model_len=MAX_POSITIONS, max_num_seqs=8, max_num_batch
 
 @pytest.fixture(scope="module", autouse=True)
 def environment() -> Iterator[None]:
-    """An engine in this process sets variables that later tests must not inherit."""
+    """An engine in this process sets variables and a process group that later tests must not inherit."""
     before = dict(os.environ)
     yield
+    take_apart_closed()
+    assert not torch.distributed.is_initialized()
     os.environ.clear()
     os.environ.update(before)
 
