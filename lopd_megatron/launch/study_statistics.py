@@ -106,7 +106,12 @@ class Claim:
             found = [self.metric(results[cell][seed]) for cell in self.cells()]
             if None not in found:
                 numbers = [float(value) for value in found if value is not None]
-                values.append(sum(sign * value for sign, value in zip((1, -1, -1, 1), numbers, strict=False)))
+                values.append(
+                    sum(
+                        sign * value
+                        for sign, value in zip((1, -1, -1, 1)[: len(numbers)], numbers, strict=True)
+                    )
+                )
         return interval(values)
 
     def verdict(self, results: Results) -> str:

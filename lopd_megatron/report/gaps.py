@@ -116,7 +116,12 @@ def _rollout(row: dict[str, Any], pieces: Pieces) -> Rollout:
     shown = row["response_tokens"][:SHOWN_TOKENS]
     prompt = row["prompt_tokens"]
     texts = pieces([*prompt, *shown])
-    values = zip(texts[len(prompt) :], row["teacher_logprobs"], row["rollout_logprobs"], strict=False)
+    values = zip(
+        texts[len(prompt) :],
+        row["teacher_logprobs"][: len(shown)],
+        row["rollout_logprobs"][: len(shown)],
+        strict=True,
+    )
     gaps = np.array(row["teacher_logprobs"]) - np.array(row["rollout_logprobs"])
     return Rollout(
         row["document_id"],
