@@ -70,7 +70,7 @@ def _pretrain(root: str, name: str, model: str, train_iters: int) -> RunConfig:
 
 def teacher(root: str = DEMO) -> RunConfig:
     """The teacher: right solutions, mostly in style A."""
-    return _pretrain(root, "teacher", "teacher_init", 1000)
+    return _pretrain(root, "teacher", "teacher_init", 1300)
 
 
 def base(root: str = DEMO) -> RunConfig:
@@ -168,7 +168,7 @@ def teacher_soft(root: str = DEMO) -> RunConfig:
 
 def _other_teacher(root: str, name: str) -> RunConfig:
     """Needs `tools/make_tiny_task.py --all-teachers`."""
-    config = _pretrain(root, name, "teacher_init", 1200)
+    config = _pretrain(root, name, "teacher_init", 1300)
     config.train.seed = 2
     return config
 

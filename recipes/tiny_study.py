@@ -40,8 +40,7 @@ class Study:
     def pretraining(self, name: str) -> RunConfig:
         """The run that makes a teacher or the base student, on one rank."""
         config: RunConfig = getattr(tiny, name)(self.models)
-        config.parallel.pipeline_model_parallel_size = 1
-        return config
+        return _one_rank(config)
 
     def cells(self) -> list[Cell]:
         """In an order in which they can run: what the others start from first."""
@@ -208,8 +207,7 @@ class Study:
         config.run_dir = f"{self.root}/{name}"
         config.model.student = start if "/" in start else self._model(start)
         config.model.teacher = self._teacher(teacher)
-        config.parallel.tensor_model_parallel_size = 1
-        config.parallel.pipeline_model_parallel_size = 1
+        _one_rank(config)
         config.train.seed = config.rollout.seed = 1000 + self.seed
         config.train.log_interval = 25
         config.data.alignment_sample = 0
@@ -225,6 +223,14 @@ class Study:
 
     def _teacher(self, name: str) -> str:
         return str(Path(self.models) / name / "hf")
+
+
+def _one_rank(config: RunConfig) -> RunConfig:
+    """World size 1, and the documents of a whole step in one row: fewer and larger operations."""
+    config.parallel.tensor_model_parallel_size = 1
+    config.parallel.pipeline_model_parallel_size = 1
+    config.data.seq_length = 4096
+    return config
 
 
 def _clip(value: float | None) -> Callable[[RunConfig], None]:
