@@ -17,7 +17,8 @@ from lopd_megatron.launch.study_cells import Cell, Data, Part
 from recipes import tiny
 
 STUDY = "runs/study"
-TOPK = (1, 2, 4, 8, 16)
+TOPK = (1, 2, 4, 8, 16, 26)
+"""26 beside the sampled token are the whole vocabulary of 27 words."""
 CLIPS = (0.1, 0.5, 2.0, 10.0, None)
 SCORES = ("topk_kl", "squared_log_ratio", "accuracy")
 
@@ -53,6 +54,7 @@ class Study:
             *self._topk(),
             *self._effopd(),
             *self._mismatch(),
+            *self._soft(),
             *self._variants(),
         ]
 
@@ -106,15 +108,23 @@ class Study:
             name = f"{'a' if start == 'sft' else 'b'}_{'a' if teacher == 'teacher' else 'b'}"
             cells.append(self._offline(f"lightning_{name}", "mismatch", start=start, teacher=teacher))
             cells.append(self._standard(f"standard_{name}", "mismatch", start=start, teacher=teacher))
-        for teacher in ("teacher_hard_b", "teacher_soft"):
-            short = teacher.removeprefix("teacher_")
-            cells.append(self._offline(f"lightning_a_{short}", "mismatch", teacher=teacher))
-            cells.append(self._standard(f"standard_a_{short}", "mismatch", teacher=teacher))
-            for k in (1, 2, 4):
-                name = f"lightning_topk_{k}_a_{short}"
-                cells.append(self._offline(name, "mismatch", _topk(k), teacher=teacher))
-        cells.append(self._offline("lightning_topk_1_a_b", "mismatch", _topk(1), teacher="teacher_b"))
+        cells.append(self._offline("lightning_a_hard_b", "mismatch", teacher="teacher_hard_b"))
+        cells.append(self._standard("standard_a_hard_b", "mismatch", teacher="teacher_hard_b"))
+        for teacher in ("teacher_b", "teacher_hard_b"):
+            name = f"lightning_topk_1_a_{teacher.removeprefix('teacher_')}"
+            cells.append(self._offline(name, "mismatch", _topk(1), teacher=teacher))
         return cells
+
+    def _soft(self) -> list[Cell]:
+        """One teacher that leaves more open: more of what it knows is outside of its first few tokens."""
+        both: dict[str, str] = {"start": "sft_soft", "teacher": "teacher_soft"}
+        return [
+            self._sft("sft_soft", "teacher_soft", group="soft"),
+            self._offline("lightning_soft", "soft", **both),
+            *(self._offline(f"lightning_topk_{k}_soft", "soft", _topk(k), **both) for k in (1, 2, 4)),
+            self._standard("standard_soft", "soft", **both),
+            self._standard("standard_topk_1_soft", "soft", _topk(1), **both),
+        ]
 
     def _variants(self) -> list[Cell]:
         cells = []

@@ -62,9 +62,23 @@ CLAIMS = [
         OURS, "Reverse KL over the classes beats forward KL", "lightning_topk_1", "lightning_forward_topk_1"
     ),
     _sampled(OURS, "Top-1 survives a second teacher", "lightning_topk_1_a_b", "lightning_a_b"),
+    _sampled(
+        OURS,
+        "Top-1 is not worse than standard OPD with a soft teacher",
+        "lightning_topk_1_soft",
+        "standard_soft",
+        POINT,
+    ),
+    _sampled(
+        OURS, "… nor than standard OPD with top-1", "lightning_topk_1_soft", "standard_topk_1_soft", POINT
+    ),
+    _sampled(
+        OURS, "A soft teacher needs more than one token", "lightning_topk_4_soft", "lightning_topk_1_soft"
+    ),
     _greedy(OURS, "Two rounds beat one", "lightning_2_rounds", "lightning"),
     _greedy(OURS, "Five rounds beat two", "lightning_5_rounds", "lightning_2_rounds"),
     _greedy(OURS, "2,000 prompts × 1 beat 500 × 4", "lightning", "lightning_500x4"),
+    _sampled(OURS, "… with top-1, too", "lightning_topk_1", "lightning_topk_1_500x4"),
     _greedy(OURS, "Overlapping by one step costs nothing (1 point)", "standard_overlap", "standard", POINT),
     _early("EffOPD is ahead early (top-k score, Lightning)", "lightning_effopd_topk_kl", "lightning", 25),
     _early("… on standard OPD", "standard_effopd_topk_kl", "standard", 25),

@@ -3,8 +3,9 @@
     python tools/study.py [--seeds 5] [--groups core topk …] [--quick] [--report-only]
 
 Trains the teachers and the base student where they are missing, then one process per seed works through
-the cells of recipes/tiny_study.py; a cell whose result.json exists is not run again, so a killed study goes
-on. Ends by writing docs/study.md, its plots and docs/study/results.json.
+the cells of recipes/tiny_study.py, as many at a time as there are cores; a cell whose result.json exists is
+not run again, so a killed study goes on. Ends by writing docs/study.md, its plots and
+docs/study/results.json.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lopd_megatron.errors import UserError, run_program
@@ -30,6 +33,7 @@ GROUPS = {
     "topk": "Top-k: cached teacher tokens",
     "effopd": "EffOPD: three scores on three systems",
     "mismatch": "Teachers: who wrote the SFT data, who distils",
+    "soft": "Soft: a teacher with a bit more entropy in every step",
     "rounds": "Rounds: fresh rollouts now and then",
     "rollouts": "Rollouts: fewer prompts, several responses",
     "online": "Online: overlap",
@@ -51,6 +55,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     arguments.add_argument("--seeds", type=int, default=5, help="seeds 0 … N − 1")
+    arguments.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes of one thread each")
     arguments.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
     arguments.add_argument("--quick", action="store_true", help="one seed of seven cells: at most 15 minutes")
     arguments.add_argument("--report-only", action="store_true", help="only write docs/study.md")
@@ -73,11 +78,10 @@ def main() -> int:
         return 0
     if not args.report_only:
         run(sys.executable, "tools/make_tiny_task.py", "--output", f"{STUDY}/models/task", "--all-teachers")
-        teachers = {name for cells in todo.values() for cell in cells for name in cell.teachers}
-        run(sys.executable, __file__, "--prepare", "base", *sorted(teachers))
-        for seed, cells in todo.items():
-            if cells:
-                run(sys.executable, __file__, "--worker", str(seed), *sys.argv[1:])
+        teachers = sorted({name for cells in todo.values() for cell in cells for name in cell.teachers})
+        side_by_side(args.jobs, (("--prepare", name) for name in ("base", *teachers)))
+        workers = (("--worker", str(seed), *sys.argv[1:]) for seed, cells in todo.items() if cells)
+        side_by_side(args.jobs, workers)
     report()
     return 0
 
@@ -133,6 +137,13 @@ def prepare(names: list[str]) -> int:
             train(config)
             write_json(config.paths.run_dir / "seconds.json", time.monotonic() - start)
     return 0
+
+
+def side_by_side(jobs: int, calls: Iterable[tuple[str, ...]]) -> None:
+    """Run this program with each of these arguments, `jobs` at a time; a failure is raised at the end."""
+    with ThreadPoolExecutor(jobs) as pool:
+        for done in [pool.submit(run, sys.executable, __file__, *call) for call in calls]:
+            done.result()
 
 
 def run(*command: str) -> None:
