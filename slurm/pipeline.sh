@@ -3,7 +3,7 @@
 #   slurm/pipeline.sh --recipe recipes/qwen3_8b.py:sft --recipe recipes/qwen3_8b.py:lightning_opd \
 #     launch.account=ACCOUNT launch.partition=PARTITION [--stages train,export] [--dry-run]
 # --dry-run prints the sbatch commands instead.
-set -euo pipefail
+set -eo pipefail
 cd "$(dirname "$0")/.."
 LOPD_CONTAINER_IMAGE='' # the login node has no container
 source slurm/env.sh

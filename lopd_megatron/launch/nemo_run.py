@@ -9,12 +9,14 @@ only file that imports nemo_run. Facts that shape it (NeMo-Run 0.11.1):
 * an Experiment with failed tasks leaves exit code 0, so the statuses are judged here;
 * LocalExecutor goes on after a failed task, so locally each stage is an Experiment of its own;
 * it waits for ever for a job array, so each worker of an array stage is a task;
+* its retries know no exit codes, so its `srun` is judged by slurm/job.sh, like that of the sbatch files;
 * its torchrun launcher has one fixed port, so the command brings its own launcher;
 * its command line reads annotations as types, so this file does without `from __future__ import annotations`.
 """
 
 import os
 import shlex
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,16 +24,24 @@ from typing import Any
 
 from lopd_megatron.errors import EXIT_REQUEUE, UserError, run_program
 from lopd_megatron.launch import sbatch, shell
-from lopd_megatron.launch.stages import Stage, chain
+from lopd_megatron.launch.stages import WARNING_S, Stage, chain, refuse_short_time
 
-SIGNAL_BEFORE_S = 300
+JUDGED_SRUN = """\
+srun() {
+  local code=0
+  command srun "$@" || code=$?
+  [ "$code" = 0 ] || finish "$code"
+}"""
 
 
 def run(stages: Sequence[Stage], executor: str, *, dry_run: bool = False) -> int:
     """Run the chain on NeMo-Run's `local` or `slurm` executor and wait. 0 only if every task succeeded."""
     home = (stages[-1].config.paths.logs / "nemorun").absolute()
-    if "/nemo_run" in f"{home}{os.getcwd()}":
-        raise UserError(f"{home}: NeMo-Run replaces the text /nemo_run in its scripts; use another path")
+    for text in (str(home), *(_checkout(stage) for stage in stages), *(stage.run for stage in stages)):
+        if "/nemo_run" in text:
+            raise UserError(f"{text}: NeMo-Run replaces the text /nemo_run in its scripts; use another path")
+        if shlex.quote(text) != text:
+            raise UserError(f"{text!r}: NeMo-Run does not quote blanks and the like; use another name")
     os.environ["PATH"] = shell.environment()["PATH"]
     if dry_run and executor == "local":
         print("\n".join(shell.lines(stages)))
@@ -43,6 +53,7 @@ def run(stages: Sequence[Stage], executor: str, *, dry_run: bool = False) -> int
         return 0
     os.environ["NEMORUN_HOME"] = str(home)
     if executor == "slurm":
+        _leave_job()
         return _run_experiment(stages, executor)
     for stage in stages:
         if code := _run_experiment([stage], executor):
@@ -50,12 +61,20 @@ def run(stages: Sequence[Stage], executor: str, *, dry_run: bool = False) -> int
     return 0
 
 
+def _leave_job() -> None:
+    """Forget the variables of a job that this process is in, as `sbatch.HEADER` does."""
+    if "SLURM_JOB_ID" in os.environ:
+        for name in [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]:
+            del os.environ[name]
+
+
 def _run_experiment(stages: Sequence[Stage], executor: str) -> int:
     import nemo_run
 
     with nemo_run.Experiment(stages[-1].run, skip_status_at_exit=True) as experiment:
         _add(experiment, stages, executor)
-        experiment.run()
+        # Locally the workers of an array take turns, as in a shell: they share the machine's GPUs.
+        experiment.run(sequential=executor == "local" and len(experiment.jobs) > 1)
     failed = {
         name: str(task["status"])
         for name, task in experiment.status(return_dict=True).items()
@@ -105,6 +124,7 @@ def _script(stage: Stage, command: Sequence[str], executor: str) -> str:
     line = shlex.join(command)
     folder = shlex.quote(_checkout(stage))
     if executor == "slurm":
+        _leave_job()
         return f"cd {folder}\nexec {line}\n"
     attempts = stage.config.launch.max_restarts + 1
     again = f"for _ in $(seq {attempts}); do\n{line}\ncode=$?\n[ $code = {EXIT_REQUEUE} ] || break\ndone"
@@ -130,6 +150,7 @@ def _slurm_executor(stage: Stage) -> Any:
     """Fields of SlurmExecutor from the recipe's launch section."""
     import nemo_run
 
+    refuse_short_time(stage)
     launch, resources = stage.config.launch, stage.resources
     checkout = _checkout(stage)
     tunnel = nemo_run.LocalTunnel(job_dir="")
@@ -139,43 +160,44 @@ def _slurm_executor(stage: Stage) -> Any:
     parameters: dict[str, Any] = {"kill_on_invalid_dep": "yes"}
     for option in launch.sbatch_options:
         name, equals, value = option.removeprefix("--").partition("=")
+        if not option.startswith("--"):
+            raise UserError(
+                f"launch.sbatch_options: NeMo-Run takes {option!r} only as --NAME or --NAME=VALUE"
+            )
         parameters[name] = value if equals else True
-    trains = stage.kind == "torchrun"
-    executor = nemo_run.SlurmExecutor(
+    signal = f"USR1@{WARNING_S}" if stage.kind == "torchrun" else None
+    # The batch script is NeMo-Run's and dies of a signal; the tasks get it directly.
+    signal = str(parameters.pop("signal", signal or "")).removeprefix("B:") or None
+    return nemo_run.SlurmExecutor(
         account=launch.account or "none",
         partition=launch.partition or None,
         nodes=resources.nodes,
         ntasks_per_node=1,
         gpus_per_node=resources.gpus_per_node or None,
         time=resources.time,
-        signal=f"USR1@{SIGNAL_BEFORE_S}" if trains else None,
+        signal=signal,
         container_image=launch.container_image or None,
         container_mounts=[f"{checkout}:{checkout}", *launch.container_mounts],
-        srun_args=["--cpu-bind=none"],
+        srun_args=["--cpu-bind=none", "--export=ALL"],
         additional_parameters=parameters,
         setup_lines=_setup_lines(stage, checkout),
         tunnel=tunnel,
         packager=nemo_run.Packager(),  # the checkout is on a file system that all nodes share
         poll_estimated_start_time=False,
     )
-    # Every non-zero exit code is a requeue for NeMo-Run: it does not tell "saved" from "failed".
-    executor.retries = launch.max_restarts if trains else launch.max_retries
-    return executor
 
 
 def _setup_lines(stage: Stage, checkout: str) -> str:
-    """The batch script's part before the command: the environment of slurm/env.sh, and where nodes meet."""
-    lines = [f"cd {shlex.quote(checkout)}"]
+    """The batch script's part before the command: what a file of slurm/ does, and a judge for its srun."""
+    lines = ["set +vx", "set -eo pipefail", f"cd {shlex.quote(checkout)}"]
     lines += [f"export {name}={value}" for name, value in sbatch.variables(stage).items()]
-    lines.append("source slurm/env.sh")
+    lines += ["source slurm/env.sh", "source slurm/job.sh"]
     if stage.kind == "torchrun":
-        lines += [
-            "source slurm/job.sh",
-            "rendezvous",
-            f'check_nodes "$(log_folder {stage.name})" || exit 1',
-            "rendezvous",
-        ]
-    return "\n".join(lines)
+        lines.append(f"logs=$(log_folder {stage.name})")
+        lines += [f"{check} || finish $?" for check in ("rendezvous", 'check_nodes "$logs"', "rendezvous")]
+    else:
+        lines.append('mkdir -p "$LOPD_LOGS"')
+    return "\n".join([*lines, JUDGED_SRUN, "set +eo pipefail"])
 
 
 def main() -> None:
@@ -197,6 +219,8 @@ def main() -> None:
             factory = nemo_run.cli.factory(target=launch, name=f"{file.stem}_{function}")
             factory(partial(f"{file}:{function}"))
     nemo_run.cli.main(launch)
+    if "--yes" in sys.argv:  # a launch would have exited: this is an error that NeMo-Run has only printed
+        sys.exit(1)
 
 
 if __name__ == "__main__":

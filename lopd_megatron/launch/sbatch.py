@@ -2,52 +2,60 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import subprocess
 from collections.abc import Sequence
 
 from lopd_megatron.launch.shell import environment
-from lopd_megatron.launch.stages import Stage
+from lopd_megatron.launch.stages import Stage, refuse_short_time
 
 HEADER = """\
 #!/bin/bash
 # The chain as Slurm jobs: run it in the checkout on a login node. Prints the id of every job.
+# When a job is refused, those before it are cancelled: what they make would be waited for by nobody.
 set -euo pipefail
+if [ -n "${SLURM_JOB_ID:-}" ]; then # inside a job, whose GPUs and array these jobs would take for their own
+  for name in "${!SLURM_@}"; do [ "$name" = SLURM_CONF ] || unset "$name"; done
+fi
+job=()
+trap '[ $? = 0 ] || { echo "not submitted; cancelling ${job[*]}" >&2
+  printf "%s\\n" "${job[@]}" | xargs -r scancel; }' EXIT
 """
 LINE = " \\\n  "
 
 
 def render(stages: Sequence[Stage]) -> str:
     """The script: each stage is one job, or one array, that waits for the jobs named in `Stage.after`."""
-    here = {stage.job for stage in stages}
+    number = {stage.job: index for index, stage in enumerate(stages)}
     text = [HEADER]
     run = None
-    for stage in stages:
+    for index, stage in enumerate(stages):
         if stage.run != run:
             run = stage.run
             text.append(
                 "\n".join(f"export {name}={value}" for name, value in variables(stage).items()) + "\n"
             )
         folder = shlex.quote(str(stage.config.paths.logs / stage.name))
-        after = "".join(f':"${_variable(job)}"' for job in stage.after if job in here)
+        after = "".join(f':"${{job[{number[name]}]}}"' for name in stage.after if name in number)
         words = ["sbatch --parsable", *(shlex.quote(option) for option in options(stage))]
         if after:
             words.append("--dependency=afterok" + after)
         words += [f"slurm/{stage.name}.sbatch", shlex.join(stage.command)]
         text.append(
             f"mkdir -p {folder}\n"
-            f"{_variable(stage.job)}=$({LINE.join(words)})\n"
-            f'echo "{stage.job} ${_variable(stage.job)}"\n'
+            f"job[{index}]=$({LINE.join(words)})\n"
+            f'echo {shlex.quote(stage.job)} "${{job[{index}]}}"\n'
         )
     return "\n".join(text)
 
 
 def options(stage: Stage) -> list[str]:
     """The options of sbatch that a stage's resources ask for. A requeued job appends to its `--output`."""
+    refuse_short_time(stage)
     resources, launch = stage.resources, stage.config.launch
     name = "%j" if resources.array == 1 else "%A_%a"
     found = [
+        "--export=ALL",  # some sites export nothing; a job must see LOPD_* and the secrets
         f"--job-name={stage.job}",
         f"--output={stage.config.paths.logs / stage.name}/{name}.batch.log",
         f"--time={resources.time}",
@@ -80,7 +88,3 @@ def variables(stage: Stage) -> dict[str, str]:
 def run(stages: Sequence[Stage]) -> int:
     """Submit the chain. Returns sbatch's exit code when a submission is refused; later ones are not tried."""
     return subprocess.run(["bash", "-c", render(stages)], env=environment()).returncode
-
-
-def _variable(job: str) -> str:
-    return re.sub(r"\W", "_", job)

@@ -19,6 +19,9 @@ from lopd_megatron import cli
 from lopd_megatron.config import RunConfig, StageResources
 from lopd_megatron.errors import UserError
 
+WARNING_S = 300
+"""Before its time limit a training job is told to save; Slurm may say so a minute early."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -46,6 +49,20 @@ class Stage:
         if workers == 1:
             return [self.command]
         return [(*self.command, "--worker", f"{i}/{workers}") for i in range(workers)]
+
+
+def refuse_short_time(stage: Stage) -> None:
+    """Slurm would tell a training job with less time than its warning to save as soon as it has started."""
+    launch, time = stage.config.launch, stage.resources.time
+    if stage.kind != "torchrun" or any(option.startswith("--signal") for option in launch.sbatch_options):
+        return
+    days, _, clock = time.rpartition("-")
+    hours, minutes, seconds = map(int, clock.split(":"))
+    if ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds <= WARNING_S + 60:
+        raise UserError(
+            f"launch.stages.{stage.name}.time={time}: training is told to save {WARNING_S} s before, or a "
+            "minute earlier; give it more, or its own warning: launch.sbatch_options=[--signal=B:USR1@30]"
+        )
 
 
 def processes_per_node(config: RunConfig) -> int:

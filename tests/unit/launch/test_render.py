@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,11 +18,21 @@ import pytest
 from lopd_megatron import cli
 from lopd_megatron.errors import UserError
 from lopd_megatron.launch import sbatch, shell
-from lopd_megatron.launch.stages import chain
+from lopd_megatron.launch.stages import chain, stages
+from recipes import qwen3_32b
 
 ROOT = Path(__file__).resolve().parents[3]
 HERE = Path(__file__).parent
-CLUSTER = f"{HERE.relative_to(ROOT)}/cluster.py:opd_64gpu"
+RUNS = ["recipes/qwen3_32b.py:sft", "recipes/qwen3_32b.py:lightning_opd"]
+LAYOUT_64 = [f"parallel.{kind}_model_parallel_size=4" for kind in ("tensor", "pipeline")]
+LAYOUT_64 += ["launch.stages.train.nodes=8"]
+SITE = [
+    "launch.account=llm",
+    "launch.partition=batch",
+    "launch.sbatch_options=[--exclusive,--mem=0]",
+    "launch.container_image=nvcr.io/nvidia/nemo:25.09",
+    "launch.container_mounts=[/lustre/models:/lustre/models:ro]",
+]
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
 
@@ -31,6 +40,17 @@ def recipes() -> list[str]:
     files = sorted((ROOT / "recipes").glob("*.py"))
     return [
         f"recipes/{file.name}:{name}" for file in files for name in cli.recipe_names(cli.recipe_module(file))
+    ]
+
+
+def placed() -> list[tuple[str, str, int]]:
+    """(file, function, GPUs) for every size that a recipe file has a layout for."""
+    modules = {path: cli.recipe_module(ROOT / path) for path in {name.split(":")[0] for name in recipes()}}
+    return [
+        (path, name, gpus)
+        for path, module in sorted(modules.items())
+        for name in cli.recipe_names(module)
+        for gpus in getattr(module, "LAYOUTS", {})
     ]
 
 
@@ -55,7 +75,7 @@ def test_shellcheck_finds_nothing_in_slurm() -> None:
 
 
 def test_every_stage_has_its_sbatch_file() -> None:
-    for stage in chain([CLUSTER]):
+    for stage in chain(RUNS):
         text = (ROOT / f"slurm/{stage.name}.sbatch").read_text()
         assert f"#SBATCH --job-name={stage.name}\n" in text
         assert f"logs=$(log_folder {stage.name})\n" in text
@@ -64,6 +84,7 @@ def test_every_stage_has_its_sbatch_file() -> None:
 
 
 def test_every_recipe_and_cluster_size_parses(tmp_path: Path) -> None:
+    """With any number of nodes, and with every layout that its file has."""
     scripts = []
     for index, recipe in enumerate(recipes()):
         for nodes in (1, 2, 4, 8, 16, 64):
@@ -78,23 +99,29 @@ def test_every_recipe_and_cluster_size_parses(tmp_path: Path) -> None:
             scripts.append(tmp_path / f"{index}-{nodes}.sh")
             scripts[-1].write_text(text)
     assert len(scripts) >= 3 * len(recipes())
+    for file, function, gpus in placed():
+        config = getattr(cli.recipe_module(ROOT / file), function)(gpus)
+        if config.online.enabled:
+            config.launch.stages.train.nodes = 1
+        scripts.append(tmp_path / f"{Path(file).stem}-{function}-{gpus}.sh")
+        scripts[-1].write_text(sbatch.render(stages(config, f"{file}:{function}")))
     for script in scripts:
         subprocess.run(["bash", "-n", str(script)], check=True)
     assert SHELLCHECK is not None
-    result = subprocess.run([SHELLCHECK, *map(str, scripts)], capture_output=True, text=True)
+    different = list({path.stem.rpartition("-")[0]: path for path in scripts}.values())  # but for numbers
+    result = subprocess.run([SHELLCHECK, *map(str, different)], capture_output=True, text=True)
     assert result.stdout == ""
 
 
 def test_golden_sbatch_64_gpus() -> None:
-    golden("sbatch_64gpu.sh", sbatch.render(chain([CLUSTER], ["train.train_iters=300"])))
+    """Qwen3-32B with its layout for 64 GPUs, SFT and OPD as one chain."""
+    golden("sbatch_64gpu.sh", sbatch.render(chain(RUNS, [*LAYOUT_64, *SITE])))
+    found = {stage.job: stage.config for stage in chain(RUNS, LAYOUT_64)}["qwen3_32b-lightning_opd-train"]
+    placed_64 = qwen3_32b.lightning_opd(64)
+    assert (found.parallel, found.launch) == (placed_64.parallel, placed_64.launch)
 
 
-NEMO: tuple[str, ...] = (
-    "run_dir=runs/nemo",
-    "launch.stages.score.array=1",
-    "launch.ssh_host=me@login.invalid",
-)
-NEMO += ("launch.ssh_checkout=/remote/lopd",)
+SSH = ["launch.ssh_host=me@login.invalid", "launch.ssh_checkout=/remote/lopd"]
 
 
 def test_golden_nemo_run_64_gpus() -> None:
@@ -102,79 +129,22 @@ def test_golden_nemo_run_64_gpus() -> None:
 
     A process of its own: nemo_run reads NEMORUN_HOME at import, and takes seconds to import.
     """
-    command = [sys.executable, "-m", "lopd_megatron.launch", "--recipe", CLUSTER, "--executor", "slurm"]
-    result = subprocess.run(
-        [*command, "--dryrun", "--stages=score,train", *NEMO], capture_output=True, text=True, check=True
-    )
-    assert not (ROOT / "runs/nemo").exists()
-    text = re.sub(r"opd_\d{10,}", "opd_ID", result.stdout)
+    command = [sys.executable, "-m", "lopd_megatron.launch", "--executor", "slurm", "--recipe", RUNS[1]]
+    arguments = ["--dryrun", "--stages=score,train", *LAYOUT_64, *SITE, *SSH]
+    result = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True)
+    assert not (ROOT / "runs/qwen3_32b").exists()
+    text = re.sub(r"(lightning_opd)_\d{10,}", r"\1_ID", result.stdout)
     text = re.sub(r"#!\S*/bash", "#!/bin/bash", text)
-    golden("nemo_run_64gpu.sh", text[text.index("# opd-score") :])
+    golden("nemo_run_64gpu.sh", text[text.index("# qwen3_32b-") :])
 
 
 def test_shell_sbatch_and_nemo_run_show_the_same_commands() -> None:
     """One source: the 64-GPU golden texts hold the commands that a shell would run."""
-    stages = chain([CLUSTER], ["train.train_iters=300"])
+    found = chain(RUNS, [*LAYOUT_64, *SITE])
     script = (HERE / "golden/sbatch_64gpu.sh").read_text()
-    for stage in stages:
+    for stage in found:
         assert f"slurm/{stage.name}.sbatch \\\n  {shlex.join(stage.command)})\n" in script
-    assert shlex.join(stages[4].command) in shell.lines(stages)
+        assert shlex.join(stage.worker_commands()[0]) in shell.lines(found)
     nemo = (HERE / "golden/nemo_run_64gpu.sh").read_text()
-    for index in (2, 4):
-        assert f"cd /remote/lopd\nexec {shlex.join(chain([CLUSTER], NEMO)[index].command)}\n" in nemo
-
-
-FAKE_SCONTROL = """#!/bin/bash
-[ "$2" = hostnames ] && printf 'n1\\nn2\\n' || echo "NodeName=$3 NodeAddr=127.0.0.1 Port=1"
-"""
-
-
-def test_rendezvous_is_the_first_node_and_a_free_port(tmp_path: Path) -> None:
-    """job.sh, with a FakeScontrol. Another job, or attempt, starts its search elsewhere."""
-    fake = tmp_path / "scontrol"
-    fake.write_text(FAKE_SCONTROL)
-    fake.chmod(0o755)
-    text = 'set -euo pipefail; source slurm/job.sh; rendezvous; echo "$PET_MASTER_ADDR $PET_MASTER_PORT"'
-
-    def port(job: int, attempt: int) -> int:
-        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n[1-2]"}
-        environment |= {"SLURM_JOB_ID": str(job), "SLURM_RESTART_COUNT": str(attempt)}
-        address, found = subprocess.check_output(["bash", "-c", text], env=environment, text=True).split()
-        assert address == "127.0.0.1"
-        return int(found)
-
-    first = port(11, 0)
-    assert len({first, port(11, 1), port(12, 0)}) == 3
-    with socket.create_server(("127.0.0.1", first)):
-        assert port(11, 0) == first + 1
-
-
-FAKE_SRUN = "#!/bin/bash\nprintf '%s\\n' \"$@\"\n"
-
-
-def test_with_and_without_a_container(tmp_path: Path) -> None:
-    """job.sh's srun line, with a FakeSrun that prints its arguments."""
-    fake = tmp_path / "srun"
-    fake.write_text(FAKE_SRUN)
-    fake.chmod(0o755)
-    text = "set -euo pipefail; source slurm/env.sh; source slurm/job.sh; step --output=x python tools/x.py"
-
-    def arguments(**more: str) -> list[str]:
-        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", **more}
-        environment["LOPD_VENV"] = "/nonexistent"
-        result = subprocess.run(
-            ["bash", "-c", text], env=environment, capture_output=True, text=True, check=True
-        )
-        return result.stdout.splitlines()
-
-    plain = ["--kill-on-bad-exit=1", "--cpu-bind=none"]
-    command = ["--output=x", "python", "tools/x.py"]
-    assert arguments() == [*plain, *command]
-    assert arguments(LOPD_CONTAINER_IMAGE="img.sqsh", LOPD_CONTAINER_MOUNTS="/data:/data,/x:/y") == [
-        *plain,
-        "--container-image=img.sqsh",
-        f"--container-workdir={ROOT}",
-        "--no-container-mount-home",
-        f"--container-mounts={ROOT}:{ROOT},/data:/data,/x:/y",
-        *command,
-    ]
+    for stage in chain(RUNS[1:], [*LAYOUT_64, *SITE, *SSH], ["score", "train"]):
+        assert f"cd /remote/lopd\nexec {shlex.join(stage.command)}\n" in nemo

@@ -119,6 +119,15 @@ def test_what_cannot_run_is_refused_before_anything_is_submitted() -> None:
         stages(config, "r")
 
 
+def test_a_training_job_outlives_its_warning() -> None:
+    config = run_config()
+    config.launch.stages.train.time = "00:05:00"
+    with pytest.raises(UserError, match=r"train.time=00:05:00: training is told to save 300 s before"):
+        sbatch.render(stages(config, "r"))
+    config.launch.sbatch_options = ["--signal=B:USR1@30"]
+    assert "--time=00:05:00" in sbatch.render(stages(config, "r"))
+
+
 def test_array_workers() -> None:
     config = run_config()
     config.launch.stages.rollouts.array = 2

@@ -1,17 +1,25 @@
 #!/bin/bash
 # The chain as Slurm jobs: run it in the checkout on a login node. Prints the id of every job.
+# When a job is refused, those before it are cancelled: what they make would be waited for by nobody.
 set -euo pipefail
+if [ -n "${SLURM_JOB_ID:-}" ]; then # inside a job, whose GPUs and array these jobs would take for their own
+  for name in "${!SLURM_@}"; do [ "$name" = SLURM_CONF ] || unset "$name"; done
+fi
+job=()
+trap '[ $? = 0 ] || { echo "not submitted; cancelling ${job[*]}" >&2
+  printf "%s\n" "${job[@]}" | xargs -r scancel; }' EXIT
 
-export LOPD_LOGS=runs/opd/logs
+export LOPD_LOGS=runs/qwen3_32b/sft/logs
 export LOPD_MAX_RESTARTS=8
 export LOPD_MAX_RETRIES=1
 export LOPD_CONTAINER_IMAGE=nvcr.io/nvidia/nemo:25.09
 export LOPD_CONTAINER_MOUNTS=/lustre/models:/lustre/models:ro
 
-mkdir -p runs/opd/logs/prompts
-opd_prompts=$(sbatch --parsable \
-  --job-name=opd-prompts \
-  --output=runs/opd/logs/prompts/%j.batch.log \
+mkdir -p runs/qwen3_32b/sft/logs/prompts
+job[0]=$(sbatch --parsable \
+  --export=ALL \
+  --job-name=qwen3_32b-sft-prompts \
+  --output=runs/qwen3_32b/sft/logs/prompts/%j.batch.log \
   --time=04:00:00 \
   --nodes=1 \
   --account=llm \
@@ -19,62 +27,48 @@ opd_prompts=$(sbatch --parsable \
   --exclusive \
   --mem=0 \
   slurm/prompts.sbatch \
-  python tools/prepare_prompts.py --recipe tests/unit/launch/cluster.py:opd_64gpu train.train_iters=300)
-echo "opd-prompts $opd_prompts"
+  python tools/prepare_prompts.py --recipe recipes/qwen3_32b.py:sft parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
+echo qwen3_32b-sft-prompts "${job[0]}"
 
-mkdir -p runs/opd/logs/rollouts
-opd_rollouts=$(sbatch --parsable \
-  --job-name=opd-rollouts \
-  --output=runs/opd/logs/rollouts/%A_%a.batch.log \
+mkdir -p runs/qwen3_32b/sft/logs/rollouts
+job[1]=$(sbatch --parsable \
+  --export=ALL \
+  --job-name=qwen3_32b-sft-rollouts \
+  --output=runs/qwen3_32b/sft/logs/rollouts/%A_%a.batch.log \
   --time=04:00:00 \
   --nodes=1 \
   --gpus-per-node=8 \
-  --array=0-15 \
+  --array=0-3 \
   --account=llm \
   --partition=batch \
   --exclusive \
   --mem=0 \
-  --dependency=afterok:"$opd_prompts" \
+  --dependency=afterok:"${job[0]}" \
   slurm/rollouts.sbatch \
-  python tools/generate_rollouts.py --recipe tests/unit/launch/cluster.py:opd_64gpu train.train_iters=300)
-echo "opd-rollouts $opd_rollouts"
+  python tools/generate_rollouts.py --recipe recipes/qwen3_32b.py:sft parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
+echo qwen3_32b-sft-rollouts "${job[1]}"
 
-mkdir -p runs/opd/logs/score
-opd_score=$(sbatch --parsable \
-  --job-name=opd-score \
-  --output=runs/opd/logs/score/%A_%a.batch.log \
-  --time=04:00:00 \
-  --nodes=1 \
-  --gpus-per-node=8 \
-  --array=0-7 \
-  --account=llm \
-  --partition=batch \
-  --exclusive \
-  --mem=0 \
-  --dependency=afterok:"$opd_rollouts" \
-  slurm/score.sbatch \
-  python tools/score_rollouts.py --recipe tests/unit/launch/cluster.py:opd_64gpu train.train_iters=300)
-echo "opd-score $opd_score"
-
-mkdir -p runs/opd/logs/build
-opd_build=$(sbatch --parsable \
-  --job-name=opd-build \
-  --output=runs/opd/logs/build/%j.batch.log \
+mkdir -p runs/qwen3_32b/sft/logs/build
+job[2]=$(sbatch --parsable \
+  --export=ALL \
+  --job-name=qwen3_32b-sft-build \
+  --output=runs/qwen3_32b/sft/logs/build/%j.batch.log \
   --time=04:00:00 \
   --nodes=1 \
   --account=llm \
   --partition=batch \
   --exclusive \
   --mem=0 \
-  --dependency=afterok:"$opd_score" \
+  --dependency=afterok:"${job[1]}" \
   slurm/build.sbatch \
-  python tools/build_dataset.py --recipe tests/unit/launch/cluster.py:opd_64gpu train.train_iters=300)
-echo "opd-build $opd_build"
+  python tools/build_dataset.py --recipe recipes/qwen3_32b.py:sft parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
+echo qwen3_32b-sft-build "${job[2]}"
 
-mkdir -p runs/opd/logs/train
-opd_train=$(sbatch --parsable \
-  --job-name=opd-train \
-  --output=runs/opd/logs/train/%j.batch.log \
+mkdir -p runs/qwen3_32b/sft/logs/train
+job[3]=$(sbatch --parsable \
+  --export=ALL \
+  --job-name=qwen3_32b-sft-train \
+  --output=runs/qwen3_32b/sft/logs/train/%j.batch.log \
   --time=1-00:00:00 \
   --nodes=8 \
   --gpus-per-node=8 \
@@ -82,30 +76,89 @@ opd_train=$(sbatch --parsable \
   --partition=batch \
   --exclusive \
   --mem=0 \
-  --dependency=afterok:"$opd_build" \
+  --dependency=afterok:"${job[2]}" \
   slurm/train.sbatch \
-  python -m lopd_megatron.launch.torchrun --nnodes 8 --nproc-per-node 8 -m lopd_megatron.train --recipe tests/unit/launch/cluster.py:opd_64gpu train.train_iters=300)
-echo "opd-train $opd_train"
+  python -m lopd_megatron.launch.torchrun --nnodes 8 --nproc-per-node 8 -m lopd_megatron.train --recipe recipes/qwen3_32b.py:sft parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
+echo qwen3_32b-sft-train "${job[3]}"
 
-mkdir -p runs/opd/logs/export
-opd_export=$(sbatch --parsable \
-  --job-name=opd-export \
-  --output=runs/opd/logs/export/%j.batch.log \
+mkdir -p runs/qwen3_32b/sft/logs/export
+job[4]=$(sbatch --parsable \
+  --export=ALL \
+  --job-name=qwen3_32b-sft-export \
+  --output=runs/qwen3_32b/sft/logs/export/%j.batch.log \
   --time=04:00:00 \
   --nodes=1 \
   --account=llm \
   --partition=batch \
   --exclusive \
   --mem=0 \
-  --dependency=afterok:"$opd_train" \
+  --dependency=afterok:"${job[3]}" \
   slurm/export.sbatch \
-  python tools/convert_checkpoint.py export --checkpoint runs/opd/checkpoints --hf models/student-32b --output runs/opd/hf --overwrite)
-echo "opd-export $opd_export"
+  python tools/convert_checkpoint.py export --checkpoint runs/qwen3_32b/sft/checkpoints --hf models/Qwen3-32B --output runs/qwen3_32b/sft/hf --overwrite)
+echo qwen3_32b-sft-export "${job[4]}"
 
-mkdir -p runs/opd/logs/evaluate
-opd_evaluate=$(sbatch --parsable \
-  --job-name=opd-evaluate \
-  --output=runs/opd/logs/evaluate/%j.batch.log \
+mkdir -p runs/qwen3_32b/sft/logs/evaluate
+job[5]=$(sbatch --parsable \
+  --export=ALL \
+  --job-name=qwen3_32b-sft-evaluate \
+  --output=runs/qwen3_32b/sft/logs/evaluate/%j.batch.log \
+  --time=04:00:00 \
+  --nodes=1 \
+  --gpus-per-node=2 \
+  --account=llm \
+  --partition=batch \
+  --exclusive \
+  --mem=0 \
+  --dependency=afterok:"${job[4]}" \
+  slurm/evaluate.sbatch \
+  python tools/evaluate.py --recipe recipes/qwen3_32b.py:sft parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
+echo qwen3_32b-sft-evaluate "${job[5]}"
+
+export LOPD_LOGS=runs/qwen3_32b/lightning_opd/logs
+export LOPD_MAX_RESTARTS=8
+export LOPD_MAX_RETRIES=1
+export LOPD_CONTAINER_IMAGE=nvcr.io/nvidia/nemo:25.09
+export LOPD_CONTAINER_MOUNTS=/lustre/models:/lustre/models:ro
+
+mkdir -p runs/qwen3_32b/lightning_opd/logs/prompts
+job[6]=$(sbatch --parsable \
+  --export=ALL \
+  --job-name=qwen3_32b-lightning_opd-prompts \
+  --output=runs/qwen3_32b/lightning_opd/logs/prompts/%j.batch.log \
+  --time=04:00:00 \
+  --nodes=1 \
+  --account=llm \
+  --partition=batch \
+  --exclusive \
+  --mem=0 \
+  --dependency=afterok:"${job[4]}" \
+  slurm/prompts.sbatch \
+  python tools/prepare_prompts.py --recipe recipes/qwen3_32b.py:lightning_opd parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
+echo qwen3_32b-lightning_opd-prompts "${job[6]}"
+
+mkdir -p runs/qwen3_32b/lightning_opd/logs/rollouts
+job[7]=$(sbatch --parsable \
+  --export=ALL \
+  --job-name=qwen3_32b-lightning_opd-rollouts \
+  --output=runs/qwen3_32b/lightning_opd/logs/rollouts/%A_%a.batch.log \
+  --time=04:00:00 \
+  --nodes=1 \
+  --gpus-per-node=2 \
+  --array=0-3 \
+  --account=llm \
+  --partition=batch \
+  --exclusive \
+  --mem=0 \
+  --dependency=afterok:"${job[6]}":"${job[4]}" \
+  slurm/rollouts.sbatch \
+  python tools/generate_rollouts.py --recipe recipes/qwen3_32b.py:lightning_opd parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
+echo qwen3_32b-lightning_opd-rollouts "${job[7]}"
+
+mkdir -p runs/qwen3_32b/lightning_opd/logs/score
+job[8]=$(sbatch --parsable \
+  --export=ALL \
+  --job-name=qwen3_32b-lightning_opd-score \
+  --output=runs/qwen3_32b/lightning_opd/logs/score/%j.batch.log \
   --time=04:00:00 \
   --nodes=1 \
   --gpus-per-node=8 \
@@ -113,7 +166,73 @@ opd_evaluate=$(sbatch --parsable \
   --partition=batch \
   --exclusive \
   --mem=0 \
-  --dependency=afterok:"$opd_export" \
+  --dependency=afterok:"${job[7]}" \
+  slurm/score.sbatch \
+  python tools/score_rollouts.py --recipe recipes/qwen3_32b.py:lightning_opd parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
+echo qwen3_32b-lightning_opd-score "${job[8]}"
+
+mkdir -p runs/qwen3_32b/lightning_opd/logs/build
+job[9]=$(sbatch --parsable \
+  --export=ALL \
+  --job-name=qwen3_32b-lightning_opd-build \
+  --output=runs/qwen3_32b/lightning_opd/logs/build/%j.batch.log \
+  --time=04:00:00 \
+  --nodes=1 \
+  --account=llm \
+  --partition=batch \
+  --exclusive \
+  --mem=0 \
+  --dependency=afterok:"${job[8]}" \
+  slurm/build.sbatch \
+  python tools/build_dataset.py --recipe recipes/qwen3_32b.py:lightning_opd parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
+echo qwen3_32b-lightning_opd-build "${job[9]}"
+
+mkdir -p runs/qwen3_32b/lightning_opd/logs/train
+job[10]=$(sbatch --parsable \
+  --export=ALL \
+  --job-name=qwen3_32b-lightning_opd-train \
+  --output=runs/qwen3_32b/lightning_opd/logs/train/%j.batch.log \
+  --time=1-00:00:00 \
+  --nodes=8 \
+  --gpus-per-node=8 \
+  --account=llm \
+  --partition=batch \
+  --exclusive \
+  --mem=0 \
+  --dependency=afterok:"${job[4]}":"${job[9]}" \
+  slurm/train.sbatch \
+  python -m lopd_megatron.launch.torchrun --nnodes 8 --nproc-per-node 8 -m lopd_megatron.train --recipe recipes/qwen3_32b.py:lightning_opd parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
+echo qwen3_32b-lightning_opd-train "${job[10]}"
+
+mkdir -p runs/qwen3_32b/lightning_opd/logs/export
+job[11]=$(sbatch --parsable \
+  --export=ALL \
+  --job-name=qwen3_32b-lightning_opd-export \
+  --output=runs/qwen3_32b/lightning_opd/logs/export/%j.batch.log \
+  --time=04:00:00 \
+  --nodes=1 \
+  --account=llm \
+  --partition=batch \
+  --exclusive \
+  --mem=0 \
+  --dependency=afterok:"${job[10]}":"${job[4]}" \
+  slurm/export.sbatch \
+  python tools/convert_checkpoint.py export --checkpoint runs/qwen3_32b/lightning_opd/checkpoints --hf runs/qwen3_32b/sft/hf --output runs/qwen3_32b/lightning_opd/hf --overwrite)
+echo qwen3_32b-lightning_opd-export "${job[11]}"
+
+mkdir -p runs/qwen3_32b/lightning_opd/logs/evaluate
+job[12]=$(sbatch --parsable \
+  --export=ALL \
+  --job-name=qwen3_32b-lightning_opd-evaluate \
+  --output=runs/qwen3_32b/lightning_opd/logs/evaluate/%j.batch.log \
+  --time=04:00:00 \
+  --nodes=1 \
+  --gpus-per-node=2 \
+  --account=llm \
+  --partition=batch \
+  --exclusive \
+  --mem=0 \
+  --dependency=afterok:"${job[11]}" \
   slurm/evaluate.sbatch \
-  python tools/evaluate.py --recipe tests/unit/launch/cluster.py:opd_64gpu train.train_iters=300)
-echo "opd-evaluate $opd_evaluate"
+  python tools/evaluate.py --recipe recipes/qwen3_32b.py:lightning_opd parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
+echo qwen3_32b-lightning_opd-evaluate "${job[12]}"
