@@ -236,10 +236,11 @@ class Study:
 
 
 def _one_rank(config: RunConfig) -> RunConfig:
-    """World size 1, and the documents of a whole step in one row: fewer and larger operations."""
+    """World size 1, the documents of a whole step in one row, all problems in the engine at once."""
     config.parallel.tensor_model_parallel_size = 1
     config.parallel.pipeline_model_parallel_size = 1
     config.data.seq_length = 4096
+    config.evaluation.engine.max_num_seqs = 512
     return config
 
 

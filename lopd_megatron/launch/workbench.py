@@ -7,6 +7,7 @@ On a small task starting processes costs more than the work they do. The parts a
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -87,6 +88,9 @@ class Workbench:
                 return engine
         engine = VllmEngine(folder, self._config, task="generate", max_topk=MAX_TOPK)
         self._engines.append((engine, stamp))
+        # An engine is a million Python objects that stay; every collection would look at all of them.
+        gc.collect()
+        gc.freeze()
         return engine
 
     def sampling(self, folder: str, temperature: float) -> Sampling:
