@@ -9,6 +9,7 @@ compute the same plan from the lengths, so there is no communication.
 
 from __future__ import annotations
 
+import itertools
 import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,6 +37,11 @@ TOKEN_FIELDS: dict[str, tuple[str, type[np.generic]]] = {
 
 COMPUTED_FIELDS = frozenset({"position_ids", "sequence_index"})
 FIELDS = frozenset(TOKEN_FIELDS) | COMPUTED_FIELDS
+_DTYPES = {name: dtype for name, (_, dtype) in TOKEN_FIELDS.items()} | {
+    "position_ids": np.int64,
+    "sequence_index": np.int32,
+}
+_PER_TOPK = frozenset(name for name, (column, _) in TOKEN_FIELDS.items() if COLUMNS[column].per_topk)
 
 
 @dataclass(frozen=True)
@@ -139,64 +145,121 @@ class StepLoader:
         )
         spans = self.dataset.spans(documents)
         trained = [_count_trained(*span) for span in spans]
+        lengths = self.dataset.lengths[documents]
         return StepBatch(
-            microbatches=[
-                self._microbatch(documents, spans, trained, row, plan.seq_length)
-                for row in plan.microbatches[self._rank]
-            ],
+            microbatches=self._microbatches(
+                documents, spans, trained, plan.microbatches[self._rank], plan.seq_length
+            ),
             seq_length=plan.seq_length,
             num_sequences=len(documents),
             num_tokens=sum(trained),
-            num_total_tokens=int(self.dataset.lengths[documents].sum(dtype=np.int64)),
-            sequence_lengths=self.dataset.lengths[documents],
+            num_total_tokens=int(lengths.sum(dtype=np.int64)),
+            sequence_lengths=lengths,
         )
 
-    def _microbatch(
-        self, documents: np.ndarray, spans: list[Span], trained: list[int], row: list[int], total: int
-    ) -> MicroBatch:
-        """The micro-batch of the documents at places `row` of the step."""
-        indices = documents[row].tolist()
-        lengths = self._padded[indices].tolist()
-        response_lengths = [trained[place] for place in row]
-        if sum(lengths) < total:
-            lengths.append(total - sum(lengths))
-            indices.append(-1)
-            response_lengths.append(0)
-        starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        here = [spans[place] for place in row]
-        fields = {name: self._fill(name, here, starts, total) for name in self.columns & TOKEN_FIELDS.keys()}
+    def _microbatches(
+        self,
+        documents: np.ndarray,
+        spans: list[Span],
+        trained: list[int],
+        rows: list[list[int]],
+        total: int,
+    ) -> list[MicroBatch]:
+        """One micro-batch of `total` tokens for the documents at the places of each row of the step."""
+        padded = self._padded[documents].tolist()
+        lengths = [[padded[place] for place in row] for row in rows]
+        for row in lengths:
+            if (rest := total - sum(row)) > 0:
+                row.append(rest)
+        fields = self._allocate(len(rows) * total)
+        for name in self.columns & TOKEN_FIELDS.keys():
+            self._fill(name, spans, rows, lengths, fields[name])
         if "position_ids" in self.columns:
-            ramp = np.arange(max(lengths))
-            fields["position_ids"] = np.concatenate([ramp[:length] for length in lengths])
+            ramp = np.arange(max(map(max, lengths)))
+            pieces = [ramp[:length] for row in lengths for length in row]
+            np.concatenate(pieces, out=fields["position_ids"])
         if "sequence_index" in self.columns:
-            fields["sequence_index"] = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+            index = np.concatenate([np.arange(len(row), dtype=np.int32) for row in lengths])
+            fields["sequence_index"][:] = np.repeat(index, [length for row in lengths for length in row])
         if self._cp_size > 1:
-            mine = zigzag_indices(np.array(lengths), self._cp_rank, self._cp_size)
-            fields = {name: values[mine] for name, values in fields.items()}
-        tensors: dict[str, Any] = {
-            name: torch.from_numpy(fields[name])[None] if name in fields else None for name in FIELDS
+            mine = np.concatenate(
+                [
+                    zigzag_indices(np.array(row), self._cp_rank, self._cp_size) + place * total
+                    for place, row in enumerate(lengths)
+                ]
+            )
+            fields = {name: values.reshape(-1, *self._shape(name))[mine] for name, values in fields.items()}
+        tensors = {
+            name: torch.from_numpy(values.reshape(len(rows), -1, *self._shape(name))).split(1)
+            for name, values in fields.items()
         }
+        return [
+            self._microbatch(
+                {name: tensors[name][place] if name in tensors else None for name in FIELDS},
+                documents[row].tolist(),
+                [trained[document] for document in row],
+                lengths[place],
+            )
+            for place, row in enumerate(rows)
+        ]
+
+    def _microbatch(
+        self, tensors: dict[str, Any], indices: list[int], response_lengths: list[int], lengths: list[int]
+    ) -> MicroBatch:
+        if len(lengths) > len(indices):
+            indices, response_lengths = [*indices, -1], [*response_lengths, 0]
         return MicroBatch(
             **tensors,
             response_lengths=torch.tensor(response_lengths, dtype=torch.int32),
-            cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
+            cu_seqlens=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
             max_seqlen=max(lengths),
             document_indices=tuple(indices),
         )
 
-    def _fill(self, field: str, spans: list[Span], starts: np.ndarray, total: int) -> np.ndarray:
-        """[total] or [total, k]: one field of all documents, shifted to the labels except for the tokens."""
-        column, dtype = TOKEN_FIELDS[field]
+    def _allocate(self, tokens: int) -> dict[str, np.ndarray]:
+        """An array for every field, flat, all in one buffer.
+
+        The allocator keeps the memory of the last buffer for the next one; of many smaller ones it gives back
+        what is above twice the largest, and each step would pay a page fault for every 4 KiB.
+        """
+        sizes = {
+            name: (np.dtype(_DTYPES[name]), tokens * math.prod(self._shape(name))) for name in self.columns
+        }
+        buffer = np.empty(sum(dtype.itemsize * count for dtype, count in sizes.values()), np.uint8)
+        fields, start = {}, 0
+        # The wide ones first: each stays aligned.
+        for name, (dtype, count) in sorted(sizes.items(), key=lambda item: -item[1][0].itemsize):
+            stop = start + dtype.itemsize * count
+            fields[name] = buffer[start:stop].view(dtype)
+            start = stop
+        return fields
+
+    def _shape(self, field: str) -> tuple[int, ...]:
+        """Of the values of one token."""
+        return (self.dataset.topk,) if field in _PER_TOPK else ()
+
+    def _fill(
+        self, field: str, spans: list[Span], rows: list[list[int]], lengths: list[list[int]], out: np.ndarray
+    ) -> None:
+        """A field of all micro-batches end to end, shifted to the labels but for the tokens.
+
+        `lengths` are those of the documents with their padding, and behind them of the rest of the row.
+        """
+        column = TOKEN_FIELDS[field][0]
         shift = 0 if field == "tokens" else 1
-        width = self.dataset.topk if COLUMNS[column].per_topk else 1
-        out = np.zeros(total * width, dtype)
-        # After the documents `starts` goes on with the padding and the end of the row.
-        for start, (part, first, stop) in zip(starts[: len(spans)].tolist(), spans, strict=True):
-            values = part.values[column][(first + shift) * width : stop * width]
-            if column == "teacher_topk_logprobs":
-                values = values.view(np.float16)
-            out[start * width : (start + stop - first - shift) * width] = values
-        return out.reshape(total, width) if COLUMNS[column].per_topk else out
+        width = math.prod(self._shape(field))
+        zeros = np.zeros(max(map(max, lengths)) * width, out.dtype)
+        pieces = []
+        for row, padded in zip(rows, lengths, strict=True):
+            for place, length in zip(row, padded[: len(row)], strict=True):
+                part, first, stop = spans[place]
+                values = part.values[column][(first + shift) * width : stop * width]
+                pieces.append(values.view(np.float16) if column == "teacher_topk_logprobs" else values)
+                if gap := length - (stop - first) + shift:
+                    pieces.append(zeros[: gap * width])
+            if len(padded) > len(row):
+                pieces.append(zeros[: padded[-1] * width])
+        np.concatenate(pieces, out=out, casting="safe")
 
 
 def _count_trained(part: Documents, first: int, stop: int) -> int:

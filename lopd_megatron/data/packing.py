@@ -36,8 +36,8 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     rows: list[list[int]] = []
     # Sorted (room left) · 2³² + row: one integer compares faster than a pair.
     rooms: list[int] = []
-    for document in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[document])
+    order = np.argsort(-lengths, kind="stable")
+    for document, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
         place = bisect_left(rooms, length << 32)
         if place < len(rooms):
             room, row = divmod(rooms.pop(place), 1 << 32)
@@ -59,9 +59,10 @@ def balance(costs: np.ndarray, parts: int, tolerance: float = 1e-4) -> list[list
         return [list(range(len(costs)))]
     sums = [(0.0, part) for part in range(parts)]
     owner = np.empty(len(costs), np.int64)
-    for item in np.argsort(-costs, kind="stable").tolist():
+    descending = np.argsort(-costs, kind="stable")
+    for item, cost in zip(descending.tolist(), costs[descending].tolist(), strict=True):
         total, part = sums[0]
-        heapq.heapreplace(sums, (total + float(costs[item]), part))
+        heapq.heapreplace(sums, (total + cost, part))
         owner[item] = part
     _exchange(owner, costs, parts, tolerance)
     order = np.argsort(owner, kind="stable")

@@ -1,5 +1,6 @@
 """From disk to batch: the one shift, the same documents under every layout, and every token in its place."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -269,3 +270,13 @@ def test_a_column_that_is_not_there(tmp_path: Path) -> None:
     write_dataset(tmp_path / "x", documents(3))
     with pytest.raises(UserError, match=r"no column teacher_topk_ids .*set another loss\.objective"):
         loader(open_dataset([tmp_path / "x"]), columns=frozenset({"tokens", "teacher_topk_ids"}))
+
+
+def test_fields_share_one_buffer_and_no_byte_of_it(dataset: Dataset) -> None:
+    """The loader lays a step into one allocation: every field is aligned, and a write stays in its field."""
+    batch = loader(dataset, micro_batch_size=2, global_batch_size=32).step(0)
+    tensors = [getattr(row, name) for row in batch.microbatches for name in sorted(FIELDS)]
+    assert len(batch.microbatches) > 1
+    places = sorted((tensor.data_ptr(), tensor.nbytes, tensor.element_size()) for tensor in tensors)
+    assert all(start % element == 0 for start, _, element in places)
+    assert all(start + size == after for (start, size, _), (after, *_) in itertools.pairwise(places))
