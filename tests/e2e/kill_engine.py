@@ -8,6 +8,7 @@ stage was killed, and whether the shards are those of an undisturbed run.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -47,15 +48,18 @@ def main(root: Path, kills: dict[str, int]) -> None:
     save_model(root / "teacher", 1)
     random = np.random.default_rng(0)
     with (root / "prompts.jsonl").open("w") as lines:
-        for _ in range(120):
+        for _ in range(60):
             words = [f"w{token}" for token in random.integers(4, VOCABULARY, random.integers(1, 30))]
             lines.write(json.dumps({"prompt": " ".join(words)}) + "\n")
     runs = {name: make_config(root, name) for name in ("undisturbed", "killed")}
     for config in runs.values():
         run_prompts(config)
     os.environ |= CPU_ENVIRONMENT | QUIET_ENVIRONMENT
-    from vllm import LLMEngine  # noqa: F401  (or each fork below would pay for it)
+    # What an engine imports when it starts, or each fork below would pay for it.
+    import vllm.model_executor.models.qwen3
+    import vllm.v1.worker.cpu_worker  # noqa: F401
 
+    gc.freeze()  # an engine collects garbage several times when it starts, among a million objects of vLLM
     done, killed = 0, dict.fromkeys(STAGES, 0)
     for name, stage in STAGES.items():
         _wait(_fork(lambda stage=stage: stage(runs["undisturbed"], stages.Share())))  # type: ignore[misc]
