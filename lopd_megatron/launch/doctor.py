@@ -19,6 +19,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+ANSWER_S = 20
 State = Literal["ok", "absent", "problem"]
 
 
@@ -186,20 +187,26 @@ def slurm() -> list[Finding]:
         return [Finding("Slurm", "absent", "no sbatch on PATH", advice)]
     version = subprocess.run(["sbatch", "--version"], capture_output=True, text=True).stdout.strip()
     version = version or "installed"  # without a configuration it does not even tell its version
-    try:
-        info = subprocess.run(
-            ["sinfo", "-h", "-o", "%R %D nodes %G"], capture_output=True, text=True, timeout=20
-        )
-    except subprocess.TimeoutExpired:
-        return [Finding("Slurm", "absent", f"{version}; the controller does not answer within 20 s")]
+    info = _ask("sinfo", "-h", "-o", "%R %D nodes %G")
+    if info is None:
+        return [Finding("Slurm", "absent", f"{version}; the controller does not answer within {ANSWER_S} s")]
     if info.returncode:
         advice = "normal on a machine that is not part of a cluster; SLURM_CONF names the configuration"
         return [Finding("Slurm", "absent", f"{version}, but no controller answers", advice)]
     found = [Finding("Slurm", "ok", f"{version}; partitions: {', '.join(info.stdout.split(chr(10))[:-1])}")]
-    if subprocess.run(["sacct", "-n", "-X"], capture_output=True).returncode:
+    accounts = _ask("sacct", "-n", "-X")
+    if accounts is None or accounts.returncode:
         advice = "NeMo-Run polls sacct and reports failure without it: use slurm/pipeline.sh here"
         found.append(Finding("sacct", "absent", "no accounting", advice))
     return found
+
+
+def _ask(*command: str) -> subprocess.CompletedProcess[str] | None:
+    """None: no answer, or no such program."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S)
+    except (subprocess.TimeoutExpired, FileNotFoundError):
+        return None
 
 
 def shared_memory() -> Finding:

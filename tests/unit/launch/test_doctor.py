@@ -53,3 +53,27 @@ def test_apex_of_the_registry_is_not_nvidias(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "apex.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     assert doctor.apex(has_gpu=True).state == "problem"
+
+
+@pytest.mark.parametrize(
+    ("sinfo", "sacct", "states"),
+    [
+        pytest.param("echo batch 4 nodes gpu:8", "", ["ok"], id="a cluster"),
+        pytest.param("echo batch 4 nodes gpu:8", "exit 1", ["ok", "absent"], id="no accounting"),
+        pytest.param("echo batch 4 nodes gpu:8", "exec sleep 9", ["ok", "absent"], id="accounting hangs"),
+        pytest.param("exit 1", "", ["absent"], id="no controller"),
+        pytest.param("exec sleep 9", "", ["absent"], id="the controller hangs"),
+    ],
+)
+def test_slurm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sinfo: str, sacct: str, states: list[str]
+) -> None:
+    """Of FakeSlurm commands. `tests/slurm` has a real one."""
+    for name, text in (("sbatch", "echo slurm 22.05.8"), ("sinfo", sinfo), ("sacct", sacct)):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(doctor, "ANSWER_S", 2 if "sleep" in sinfo + sacct else 20)
+    found = doctor.slurm()
+    assert [finding.state for finding in found] == states
+    assert "slurm 22.05.8" in found[0].what
