@@ -52,8 +52,11 @@ def run(stages: Sequence[Stage], executor: str, *, dry_run: bool = False) -> int
             print(_scripts(stages).replace(folder, str(home)))
         return 0
     os.environ["NEMORUN_HOME"] = str(home)
+    from nemo_run.config import set_nemorun_home
+
+    set_nemorun_home(str(home))  # its own command line has imported it before
     if executor == "slurm":
-        _leave_job()
+        _prepare_sbatch()
         return _run_experiment(stages, executor)
     for stage in stages:
         if code := _run_experiment([stage], executor):
@@ -61,8 +64,9 @@ def run(stages: Sequence[Stage], executor: str, *, dry_run: bool = False) -> int
     return 0
 
 
-def _leave_job() -> None:
-    """Forget the variables of a job that this process is in, as `sbatch.HEADER` does."""
+def _prepare_sbatch() -> None:
+    """As sbatch.py: jobs get the environment, but not the variables of a job that this process may be in."""
+    os.environ["SBATCH_EXPORT"] = "ALL"
     if "SLURM_JOB_ID" in os.environ:
         for name in [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]:
             del os.environ[name]
@@ -124,7 +128,7 @@ def _script(stage: Stage, command: Sequence[str], executor: str) -> str:
     line = shlex.join(command)
     folder = shlex.quote(_checkout(stage))
     if executor == "slurm":
-        _leave_job()
+        _prepare_sbatch()
         return f"cd {folder}\nexec {line}\n"
     attempts = stage.config.launch.max_restarts + 1
     again = f"for _ in $(seq {attempts}); do\n{line}\ncode=$?\n[ $code = {EXIT_REQUEUE} ] || break\ndone"
@@ -202,6 +206,7 @@ def _setup_lines(stage: Stage, checkout: str) -> str:
 
 def main() -> None:
     """NeMo-Run's command line, with a factory for every recipe of recipes/*.py: `--factory FILE_FUNCTION`."""
+    os.environ.setdefault("NEMORUN_HOME", os.path.abspath("runs/nemorun"))  # the scripts go to the run itself
     import nemo_run
 
     from lopd_megatron import cli
