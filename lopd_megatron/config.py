@@ -167,7 +167,7 @@ class OptimizerConfig(Section):
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     use_precision_aware_optimizer: bool = False
-    """bf16 moments and gradients, Transformer Engine only: an 8B student on one 141 GB GPU."""
+    """bf16 moments and gradients beside fp32 main parameters: an 8B student on one 141 GB GPU."""
 
 
 class TrainConfig(Section):

@@ -118,7 +118,11 @@ def _patch_sharded_state_dict(optimizer_class: Any) -> None:
 def _fill_empty_state(adam: torch.optim.Optimizer) -> None:
     for group in adam.param_groups:
         for parameter in group["params"]:
-            if not adam.state[parameter]:
+            if adam.state[parameter]:
+                continue
+            if hasattr(adam, "initialize_state"):  # ours; it keeps more than the two moments
+                adam.initialize_state(parameter)
+            else:
                 adam.state[parameter].update(
                     step=torch.tensor(0.0),
                     exp_avg=torch.zeros_like(parameter),

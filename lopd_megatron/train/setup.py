@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from lopd_megatron.model.flops import forward_flops
 from lopd_megatron.parallel import topology as grid
 from lopd_megatron.parallel.vocab import VocabRange
 from lopd_megatron.train.checkpoint import Checkpoints
+from lopd_megatron.train.precision_aware_adam import precision_aware
 from lopd_megatron.train.state import BatchSource, Hook, Trainer
 
 if TYPE_CHECKING:
@@ -26,11 +28,16 @@ if TYPE_CHECKING:
 
 
 def build_trainer(
-    config: RunConfig, *, hooks: Sequence[Hook] = (), batches: BatchSource | None = None
+    config: RunConfig,
+    *,
+    hooks: Sequence[Hook] = (),
+    batches: BatchSource | None = None,
+    weights: Callable[[Sequence[torch.nn.Module]], None] | None = None,
 ) -> Trainer:
     """A trainer at iteration 0 with the weights of `config.model.student`. Collective over the world.
 
-    `batches` replaces the dataset of the configuration (standard OPD makes its own).
+    `batches` replaces the dataset of the configuration (standard OPD makes its own); `weights` fills the
+    model chunks in place of the files of the student, of which then only `config.json` is read.
     """
     _set_environment(config)
     topology = grid.initialize(config.parallel, seed=config.train.seed)
@@ -41,7 +48,10 @@ def build_trainer(
     spec = student_spec(config.model.student, config)
     chunks = build_student(spec, topology)
     # Before the optimizer: it copies the fp32 main parameters when it is made.
-    load_hf(chunks, config.model.student, spec, topology)
+    if weights is None:
+        load_hf(chunks, config.model.student, spec, topology)
+    else:
+        weights(chunks)
     model = wrap_model(chunks, spec, config)
     optimizer, scheduler = build_optimizer(model, spec, config)
     refuse_padded_buckets(model)
@@ -153,33 +163,24 @@ def build_optimizer(model: Sequence[Any], spec: StudentSpec, config: RunConfig) 
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
     settings = config.optimizer
-    low_precision: dict[str, Any] = {}
-    if settings.use_precision_aware_optimizer:
-        low_precision = {
-            "use_precision_aware_optimizer": True,
-            "main_grads_dtype": torch.bfloat16,
-            "exp_avg_dtype": torch.bfloat16,
-            "exp_avg_sq_dtype": torch.bfloat16,
-        }
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=settings.lr,
-            min_lr=settings.min_lr,
-            weight_decay=settings.weight_decay,
-            adam_beta1=settings.adam_beta1,
-            adam_beta2=settings.adam_beta2,
-            adam_eps=settings.adam_eps,
-            # Megatron computes the norm, which is logged and checked, only where it clips.
-            clip_grad=settings.clip_grad or math.inf,
-            bf16=config.train.precision == "bf16",
-            params_dtype=spec.transformer_config.params_dtype,
-            use_distributed_optimizer=settings.use_distributed_optimizer,
-            overlap_param_gather=settings.overlap_param_gather,
-            **low_precision,
-        ),
-        list(model),
+    megatron_settings = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        # Megatron computes the norm, which is logged and checked, only where it clips.
+        clip_grad=settings.clip_grad or math.inf,
+        bf16=config.train.precision == "bf16",
+        params_dtype=spec.transformer_config.params_dtype,
+        use_distributed_optimizer=settings.use_distributed_optimizer,
+        overlap_param_gather=settings.overlap_param_gather,
     )
+    aware = settings.use_precision_aware_optimizer
+    with precision_aware(megatron_settings) if aware else contextlib.nullcontext():
+        optimizer = get_megatron_optimizer(megatron_settings, list(model))
     batch = config.train.global_batch_size
     warmup = settings.lr_warmup_iters * batch
     decay = (settings.lr_decay_iters or config.train.train_iters) * batch
