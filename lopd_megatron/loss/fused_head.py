@@ -159,9 +159,10 @@ class _Pass:
             named_gradient, rest_scale = _logit_gradient(softmax, weights, top, mass)
             logits.mul_(rest_scale.float()[:, None])
             logits.scatter_add_(1, column, (named_gradient * owned).to(logits.dtype))
-            self.d_hidden[where] = logits @ weight
             if self.d_weight is not None:
                 _add_product_(self.d_weight, logits, hidden, keep=part.start > 0)
+            # The copy of the rows has done its work and takes their gradient.
+            self.d_hidden[where] = torch.mm(logits, weight, out=hidden)
         return torch.stack([loss, softmax.class_logprobs[:, 0], softmax.entropy])
 
 

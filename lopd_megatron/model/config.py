@@ -90,7 +90,7 @@ def student_spec(
 
     hf = read_hf_config(source)
     _refuse_unsupported(hf)
-    attention = attention or attention_backend(config.model.attention)
+    attention = attention or attention_backend(config.model.attention, config.train.precision)
     rope = rope_parameters(hf)
     arguments = {
         **_architecture(hf),
@@ -120,15 +120,20 @@ def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def attention_backend(choice: str) -> str:
-    """Resolve `model.attention`: Transformer Engine where it imports, else varlen on CUDA, else SDPA."""
+def attention_backend(choice: str, precision: str = "bf16") -> str:
+    """Resolve `model.attention`: SDPA, but for bf16 on CUDA Transformer Engine, or varlen without it."""
     cuda = torch.cuda.is_available()
     if choice == "auto":
-        if not cuda:
+        if not cuda or precision != "bf16":  # packed flash attention has no float32 kernel
             return "sdpa"
         return "transformer_engine" if _has_transformer_engine() else "varlen"
     if choice in ("varlen", "transformer_engine") and not cuda:
         raise UserError(f"model.attention={choice} needs CUDA; use sdpa or auto")
+    if choice in ("varlen", "transformer_engine") and precision != "bf16":
+        raise UserError(
+            f"model.attention={choice} has no packed attention for train.precision={precision}; "
+            "use sdpa or auto, or train.precision=bf16"
+        )
     if choice == "transformer_engine" and not _has_transformer_engine():
         raise UserError(
             "model.attention=transformer_engine but Transformer Engine does not import; use varlen"
