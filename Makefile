@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 unexport PYTHONDONTWRITEBYTECODE  # the tests start the package in some two hundred processes
 MAKEFLAGS += -j2  # apt-get beside the Python environment
 
-.PHONY: help env system triton-interpreter demo demo-clean study bench test check format lock
+.PHONY: help env system triton-interpreter demo demo-clean study bench bench-gpu gpu-packages test check format lock
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -70,3 +70,12 @@ study: env  ## the comparison of docs/study.md: hours, resumable; STUDY=quick in
 bench: env  ## ratios against peers, as JSON in docs/benchmarks/peers.json and a table in docs/performance.md
 	$(PY) tools/bench_peers.py --output docs/benchmarks/peers.json
 	$(PY) tools/bench_page.py
+
+bench-gpu:  ## all that one GPU can show, in twelve minutes, into docs/benchmarks/gpu.json; needs no .venv
+	$(PYTHON) tools/bench_gpu.py
+
+# For a GPU machine without a network that has torch: the rest, for its Python, beside the repository.
+GPU_PYTHON ?= 3.12
+gpu-packages:  ## what a bare GPU machine lacks for bench-gpu, into .gpu-packages (20 MB)
+	$(PYTHON) -m pip install -q --no-deps --no-compile --target .gpu-packages --python-version $(GPU_PYTHON) --only-binary=:all: \
+	  megatron-core==0.16.1 psutil pydantic pydantic-core annotated-types typing-inspection typing-extensions

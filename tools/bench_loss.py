@@ -16,8 +16,9 @@ step_memory_ratio  policy, full recompute, per-sample logit copies, and an entro
 
 Without CUDA: two gloo ranks at TP 2 and a vocabulary of 151,936, one thread each; times are the minimum CPU
 seconds of interleaved rounds, and memory is resident memory, measured in processes of their own.
-With CUDA: the head only, [16384, 4096, 151936] in bfloat16 on one GPU, elapsed times and allocated memory,
-and beside them the three matrix products alone, which no head can beat.
+With CUDA: the head only, [16384, 4096, 151936] in bfloat16 on one GPU and a quarter of its vocabulary:
+elapsed times and allocated memory, and beside them the three matrix products alone, which no head can beat,
+other chunk sizes, Megatron-Core's fused cross-entropy, and how far float32 logits of the same numbers are.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -45,6 +47,9 @@ from lopd_megatron.config import LossConfig, ParallelConfig
 from lopd_megatron.errors import run_program
 from lopd_megatron.files import write_json
 from lopd_megatron.loss import build_loss
+from lopd_megatron.loss.fused_head import HeadRows, fused_head
+from lopd_megatron.loss.selection import select_objective
+from lopd_megatron.loss.trained_tokens import TrainedTokens
 from lopd_megatron.parallel.vocab import VocabRange
 from lopd_megatron.progress import say
 from lopd_megatron.records import MicroBatch
@@ -106,31 +111,62 @@ def measure_cpu(chunk: int, rounds: int) -> dict[str, float]:
     return result | details
 
 
-def measure_cuda(chunk: int, rounds: int) -> dict[str, float]:
-    """The head as in training: ours adds to a standing main gradient, theirs returns one in bfloat16."""
-    head = Head(Shape(16_384, 4096, VOCABULARY, chunk, rounds))
-    error = head.gradient_error()
+def measure_cuda(chunk: int, rounds: int, shape: Shape | None = None) -> dict[str, float]:
+    """The head as in training: ours adds to a standing main gradient, theirs returns one in bfloat16.
+
+    `*_quarter`: a quarter of the vocabulary, what one of four tensor-parallel ranks computes between its
+    collectives. `head_ms chunk n`: ours with chunks of n tokens.
+    """
+    shape = shape or Shape(16_384, 4096, VOCABULARY, chunk)
     repeats = max(rounds, 20)
+    result = _measure_head(replace(shape, chunk_tokens=chunk), repeats)
+    quarter = _measure_head(replace(shape, vocabulary=shape.vocabulary // 4, chunk_tokens=chunk), repeats)
+    result |= {f"{name}_quarter": value for name, value in quarter.items()}
+    for tokens in (chunk // 4, chunk // 2, chunk * 2):
+        head = Head(replace(shape, chunk_tokens=tokens))
+        ms, gb = _measure_ours(head, head.variants["ours"], repeats)
+        result |= {f"head_ms chunk {tokens}": ms, f"head_memory_gb chunk {tokens}": gb}
+        del head
+    return result
+
+
+def _measure_head(shape: Shape, repeats: int) -> dict[str, float]:
+    head = Head(shape)
+    precision = head.precision()
+    error = head.gradient_error()
     with torch.no_grad():
         gemm_ms, _ = cuda_ms_gb(head.products, repeats, reset=head.clear)
     times, memory = {}, {}
     for name, run in head.variants.items():
-        gradients_gb = 2 * (head.hidden.numel() + head.weight.numel()) / 1e9
-        if name != "megatron":
-            head.weight.main_grad = torch.zeros_like(head.weight, dtype=torch.float32)  # type: ignore[attr-defined]
-            # Until the backward ours holds its own sum in float32.
-            gradients_gb += 2 * head.weight.numel() / 1e9
-        times[name], gb = cuda_ms_gb(run, repeats, reset=head.clear)
-        memory[name] = gb - gradients_gb
+        if name.startswith("ours"):
+            times[name], memory[name] = _measure_ours(head, run, repeats)
+        else:
+            times[name], gb = cuda_ms_gb(run, repeats, reset=head.clear)
+            memory[name] = gb - 2 * (head.hidden.numel() + head.weight.numel()) / 1e9
+    products = 6 * head.hidden.size(0) * head.weight.numel()
     return {
         "memory_ratio": memory["ours"] / memory["megatron"],
         "time_ratio_masked": times["ours, masked"] / times["megatron"],
         "time_ratio_full": times["ours"] / times["megatron"],
+        "time_ratio_to_fused_megatron": times["ours"] / times["megatron, fused"],
         "grad_rel_error": error,
+        **precision,
         "products_alone_ms": gemm_ms,
+        "products_alone_tflops": products / gemm_ms / 1e9,
+        "useful_tflops": products / times["ours"] / 1e9,
+        "share_of_products_alone": gemm_ms / times["ours"],
         **{f"head_ms {name}": value for name, value in times.items()},
         **{f"head_memory_gb {name}": value for name, value in memory.items()},
     }
+
+
+def _measure_ours(head: Head, run: Callable[[], None], repeats: int) -> tuple[float, float]:
+    """Milliseconds and work memory in gigabytes: without the gradients, and until the backward ours holds
+    its own sum of dW in float32."""
+    head.weight.main_grad = torch.zeros_like(head.weight, dtype=torch.float32)  # type: ignore[attr-defined]
+    ms, gb = cuda_ms_gb(run, repeats, reset=head.clear)
+    del head.weight.main_grad  # type: ignore[attr-defined]
+    return ms, gb - 2 * (head.hidden.numel() + 2 * head.weight.numel()) / 1e9
 
 
 class Head:
@@ -140,6 +176,8 @@ class Head:
         from lopd_megatron.parallel import topology as grid
 
         world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        if torch.distributed.is_initialized():
+            grid.destroy()  # of the head before this one
         topology = grid.initialize(ParallelConfig(tensor_model_parallel_size=world), seed=1)
         self.vocab = VocabRange.of(shape.vocabulary, shape.vocabulary, topology.tp_group)
         dtype = torch.bfloat16 if topology.device.type == "cuda" else torch.float32
@@ -160,19 +198,26 @@ class Head:
             "ours": lambda: self.ours(self.full),
             "ours, masked": lambda: self.ours(self.masked),
         }
+        if dtype == torch.bfloat16:  # compiled, and its gradient rounded to bfloat16
+            self.variants["megatron, fused"] = lambda: self.megatron(self.full, fused=True)
 
     def ours(self, batch: MicroBatch) -> None:
         self.loss(self.hidden[:, None], self.weight, batch).numerator.backward()
 
-    def megatron(self, batch: MicroBatch) -> None:
+    def megatron(self, batch: MicroBatch, *, fused: bool = False) -> None:
         from megatron.core import tensor_parallel
+        from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 
         assert batch.labels is not None
         assert batch.teacher_logprobs is not None
         assert batch.loss_mask is not None
         copied = tensor_parallel.copy_to_tensor_model_parallel_region(self.hidden, group=self.vocab.group)
         logits = F.linear(copied, self.weight)
-        student = -tensor_parallel.vocab_parallel_cross_entropy(logits[:, None], batch.labels.T)[:, 0]
+        if fused:
+            loss = fused_vocab_parallel_cross_entropy(logits[:, None], batch.labels.T, self.vocab.group)
+        else:
+            loss = tensor_parallel.vocab_parallel_cross_entropy(logits[:, None], batch.labels.T)
+        student = -loss[:, 0]
         advantages = (batch.teacher_logprobs[0] - student.detach()).clamp(-10, 10)
         (-advantages * student * batch.loss_mask[0]).sum().backward()
 
@@ -184,6 +229,42 @@ class Head:
 
     def clear(self) -> None:
         self.hidden.grad = self.weight.grad = None
+
+    def precision(self, rows: int = 512) -> dict[str, float]:
+        """Ours against float32 logits of the same numbers, on the first rows: log-probs and dX."""
+        rows = min(rows, self.hidden.size(0))
+        batch = make_batch(
+            Shape(rows, self.hidden.size(1), self.vocab.vocab_size, rows), 0.0, self.hidden.device
+        )
+        assert batch.labels is not None
+        assert batch.teacher_logprobs is not None
+        assert batch.loss_mask is not None
+        hidden = self.hidden[:rows].detach().requires_grad_()
+        output = self.loss(hidden[:, None], self.weight, batch)
+        output.numerator.backward()
+        exact = hidden.detach().float().requires_grad_()
+        logprobs = F.linear(exact, self.weight.detach().float()).log_softmax(1)
+        student = logprobs.gather(1, batch.labels.T)[:, 0]
+        advantages = (batch.teacher_logprobs[0] - student.detach()).clamp(-10, 10)
+        (-advantages * student * batch.loss_mask[0]).sum().backward()
+        assert hidden.grad is not None
+        assert exact.grad is not None
+        tokens = TrainedTokens.of(batch)
+        ids, objective = select_objective(LossConfig(), tokens)
+        head_rows = HeadRows(tokens.rows, ids, torch.ones_like(tokens.rows, dtype=torch.float64), objective)
+        with torch.no_grad():
+            _, values = fused_head(
+                hidden, self.weight, head_rows, vocab=self.vocab, sequence_parallel=False, chunk_tokens=rows
+            )
+        difference = values.student_logprobs - student.detach()[tokens.rows]
+        result = {
+            "logprob_max_difference": float(difference.abs().max()),
+            "dx_cosine": float(
+                F.cosine_similarity(hidden.grad.float().flatten(), exact.grad.flatten(), dim=0)
+            ),
+        }
+        self.clear()
+        return result
 
     def gradient_error(self) -> float:
         errors = []
