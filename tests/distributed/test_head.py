@@ -20,6 +20,7 @@ from lopd_megatron.parallel import topology as grid
 from lopd_megatron.parallel.topology import Topology
 from lopd_megatron.parallel.vocab import VocabRange
 from lopd_megatron.records import LossOutput, MicroBatch
+from lopd_megatron.train.step import on_device
 from tests.distributed.world import run_world
 from tests.unit.loss.dense import all_masked, dense_loss, random_batch
 
@@ -76,14 +77,16 @@ def run_case(
     if case.sequence_parallel:
         part = hidden.size(0) // topology.tp_size
         rows = slice(topology.tp_rank * part, (topology.tp_rank + 1) * part)
-    x = hidden[rows, None].clone().requires_grad_()
-    w = weight[vocab.vocab_start_index : vocab.vocab_end_index].clone().requires_grad_()
+    device = topology.device
+    x = hidden[rows, None].clone().to(device).requires_grad_()
+    w = weight[vocab.vocab_start_index : vocab.vocab_end_index].clone().to(device).requires_grad_()
     loss = build_loss(case.config, vocab=vocab, sequence_parallel=case.sequence_parallel)
-    output = loss(x, w, case.batch)
+    (batch,) = on_device([case.batch], device)
+    output = loss(x, w, batch)
     output.numerator.backward()
     assert x.grad is not None
     assert w.grad is not None
-    return output, x.grad[:, 0], w.grad, vocab, rows
+    return output, x.grad[:, 0].cpu(), w.grad.cpu(), vocab, rows
 
 
 def errors_of(case: Case, topology: Topology) -> Errors:
@@ -151,7 +154,9 @@ def errors_in_world(tp_size: int, cases: list[Case], planted: str = "") -> list[
 
 
 def all_errors(cases: list[Case]) -> dict[int, list[Errors]]:
-    return {tp_size: errors_in_world(tp_size, cases) for tp_size in (1, 2, 4)}
+    """By tensor-parallel size, of those that this world holds."""
+    sizes = [size for size in (1, 2, 4) if size <= dist.get_world_size()]
+    return {tp_size: errors_in_world(tp_size, cases) for tp_size in sizes}
 
 
 def the_cases() -> list[Case]:
@@ -209,10 +214,8 @@ def scattered_mask(batch: MicroBatch) -> MicroBatch:
     return replace(batch, loss_mask=mask, response_lengths=lengths.int())
 
 
-@pytest.mark.dist
-def test_gradients_equal_the_dense_reference_over_tp_1_2_4() -> None:
-    cases = the_cases()
-    results = run_world(all_errors, 4, cases)
+def check_errors(cases: list[Case], results: list[dict[int, list[Errors]]], slack: float = 1.0) -> float:
+    """Hold every case on every rank to `slack` times its tolerance; the largest error of a gradient."""
     worst = 0.0
     for rank, by_tp in enumerate(results):
         for tp_size, errors in by_tp.items():
@@ -220,13 +223,20 @@ def test_gradients_equal_the_dense_reference_over_tp_1_2_4() -> None:
                 if case.sequence_parallel and tp_size == 1:
                     continue
                 where = f"{case.name}, TP{tp_size}, rank {rank}: {error}"
-                assert error.numerator < case.tolerance, where
-                assert error.student_logprobs < case.tolerance, where
-                assert error.d_hidden < case.tolerance, where
-                assert error.d_weight < case.tolerance, where
+                assert error.numerator < slack * case.tolerance, where
+                assert error.student_logprobs < slack * case.tolerance, where
+                assert error.d_hidden < slack * case.tolerance, where
+                assert error.d_weight < slack * case.tolerance, where
                 assert error.padding == 0, where
                 if case.tolerance == TOLERANCE:
                     worst = max(worst, error.d_hidden, error.d_weight)
+    return worst
+
+
+@pytest.mark.dist
+def test_gradients_equal_the_dense_reference_over_tp_1_2_4() -> None:
+    cases = the_cases()
+    worst = check_errors(cases, run_world(all_errors, 4, cases))
     print(f"largest relative error of a gradient: {worst:.1e}")
 
 

@@ -23,6 +23,7 @@ SAME_LAYOUT = {
         "DP2 overlapped": layout(**OVERLAP),
         "DP2 no distributed optimizer": layout(optimizer__use_distributed_optimizer=False),
         "DP2 asynchronous": layout(checkpoint__async_save=True),
+        "DP2 precision-aware": layout(optimizer__use_precision_aware_optimizer=True),
     },
     3: {"DP3": layout(), "DP3 asynchronous overlapped": layout(checkpoint__async_save=True, **OVERLAP)},
     4: {"TP2 PP2": layout(tp=2, pp=2), "PP2 VP2": layout(pp=2, vpp=2)},

@@ -98,7 +98,7 @@ def trained(config: RunConfig) -> Trajectory:
         live = LiveTensors(chunks, trainer.spec, trainer.topology)
         tensors: dict[str, torch.Tensor] = {}
         for weight in weight_table(trainer.spec).values():
-            whole = live.read(weight).clone()
+            whole = live.read(weight).cpu().clone()
             if trainer.topology.rank == 0:
                 tensors |= zip(weight.hf_names, split(weight, whole, trainer.spec), strict=True)
         return tensors
@@ -164,18 +164,23 @@ def test_layouts_take_the_steps_of_transformers(
     layouts = CASES[family, objective]
     settings = [layout | OBJECTIVES[objective] for layout in layouts.values()]
     results = run_world(trained_in_layouts, 4, str(inputs / family), str(tmp_path), settings)
+    check_layouts(f"{family} {objective}", list(layouts), results, expected)
+
+
+def check_layouts(
+    case: str, layouts: list[str], results: list[list[Trajectory]], expected: Trajectory
+) -> None:
+    """Every rank's steps under every layout against float64, and against those under the first layout."""
     first = results[0][0]
     for number, name in enumerate(layouts):
-        for rank in range(4):
-            seen = results[rank][number].steps
+        for rank, trajectories in enumerate(results):
+            seen = trajectories[number].steps
             where = f"{name}, rank {rank}: {seen}"
             assert largest_difference(seen, expected.steps) < STEP_TOLERANCE, where
             assert largest_difference(seen, first.steps) < LAYOUT_TOLERANCE, where
         against_float64 = update_error(results[0][number], expected)
         between_layouts = update_error(results[0][number], first)
-        print(
-            f"{family} {objective} {name}: {against_float64:.1e}, to the first layout {between_layouts:.1e}"
-        )
+        print(f"{case} {name}: {against_float64:.1e}, to the first layout {between_layouts:.1e}")
         assert against_float64 < UPDATE_TOLERANCE, name
         assert between_layouts < LAYOUT_UPDATE_TOLERANCE, name
 

@@ -30,7 +30,6 @@ def build(hf: dict[str, Any], config: RunConfig) -> tuple[Any, grid.Topology]:
     from lopd_megatron.model.student import build_student
     from lopd_megatron.model.weights import named_parameters
 
-    config.train.precision = "fp32"
     topology = grid.initialize(config.parallel, seed=1)
     spec = student_spec(hf, config)
     chunks = build_student(spec, topology)
@@ -73,6 +72,7 @@ def hidden_and_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """(positions, hidden states there, gradients summed over context-parallel ranks)."""
     config = RunConfig()
+    config.train.precision = "fp32"
     for key, value in changes.items():
         section, _, field = key.partition(".")
         setattr(getattr(config, section), field, value)

@@ -1,7 +1,8 @@
 """A world of gloo ranks for tests: `run_world(function, world_size, *args)`.
 
 The ranks are forked from one server process that has imported torch and Megatron-Core once, so a world
-starts in about a second and still shares nothing with pytest or with an earlier world.
+starts in about a second and still shares nothing with pytest or with an earlier world. On CUDA
+(`device="cuda"`) they are NCCL ranks, one GPU each, started anew: CUDA does not survive a fork.
 """
 
 from __future__ import annotations
@@ -29,14 +30,16 @@ class RankError(RuntimeError):
     """A rank of a test world raised, died or ran out of time; the message holds its traceback."""
 
 
-def run_world(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 600) -> list[Any]:
-    """Run `function(*args)` on `world_size` fresh gloo ranks; return what each rank returned, in rank order.
+def run_world(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 600, device: str = "cpu"
+) -> list[Any]:
+    """Run `function(*args)` on `world_size` fresh ranks; return what each rank returned, in rank order.
 
     `function` is a module-level function; arguments and results travel by pickle (tensors included).
     In each rank torch.distributed is initialised, `prepare_megatron()` was called and torch uses one thread.
     The first failing rank ends the others by their process ids and raises here as `RankError`.
     """
-    context = _context()
+    context = _context() if device == "cpu" else multiprocessing.get_context("spawn")
     # Plain pickle: multiprocessing's own would pass tensors as shared memory of a process that may be gone.
     call = pickle.dumps((function, args))
     with tempfile.TemporaryDirectory(prefix="world-") as folder:
@@ -44,7 +47,7 @@ def run_world(function: Callable[..., Any], world_size: int, *args: Any, timeout
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
-                target=_rank_main, args=(sender, call, rank, world_size, f"{folder}/store")
+                target=_rank_main, args=(sender, call, rank, world_size, f"{folder}/store", device)
             )
             process.start()
             sender.close()
@@ -79,7 +82,7 @@ def _collect(receivers: list[Connection], deadline: float, timeout_s: float) -> 
     return [results[rank] for rank in range(len(receivers))]
 
 
-def _rank_main(sender: Connection, call: bytes, rank: int, world_size: int, store: str) -> None:
+def _rank_main(sender: Connection, call: bytes, rank: int, world_size: int, store: str, device: str) -> None:
     import torch
     import torch.distributed as dist
 
@@ -88,7 +91,11 @@ def _rank_main(sender: Connection, call: bytes, rank: int, world_size: int, stor
     try:
         prepare_megatron()
         torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+        os.environ["LOCAL_RANK"] = str(rank)
+        if device == "cuda":
+            torch.cuda.set_device(rank)
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world_size)
         function, args = pickle.loads(call)
         result = pickle.dumps((False, function(*args)))
         dist.barrier()
