@@ -11,7 +11,7 @@ the rounds: other work on the machine changes the clock on the wall more. Data s
     step_ms                   one whole step of 256 documents with every field of a micro-batch
     read_same_fields_mtok_per_cpu_s   the same with loss_mask, too: all that the official loader delivers
     parquet_lists_mtok_per_cpu_s      steps of the official loader on the same documents, imitated: table in
-                              memory → copies → Python numbers → pickle → tensors → rows
+                              memory → copies → Python numbers, prompts tokenized → pickle → tensors → rows
     parquet_load_mtok_per_cpu_s       its start, once a run: file → table in memory; not in the rate above
     speedup_vs_parquet_lists  ours with the same fields over the official steps
     speedup_vs_parquet_random_rows    ours without loss_mask over random rows straight from the file
@@ -37,7 +37,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from bench_data_official import load_official, walk_official
+from bench_data_official import load_official, walk_official, word_tokenizer
 
 from lopd_megatron.data.loader import StepLoader
 from lopd_megatron.data.packing import best_fit_decreasing, flop_cost, plan_step, utilisation
@@ -51,7 +51,7 @@ from lopd_megatron.progress import progress, say
 COLUMNS = ["tokens", "loss_mask", "teacher_logprobs", "rollout_logprobs"]
 PACKED = frozenset({"tokens", "teacher_logprobs", "rollout_logprobs"})
 SAME_FIELDS = PACKED | {"loss_mask"}
-PROMPT = 100
+PROMPT, VOCAB = 100, 150_001
 BATCH, SEQ_LENGTH, CHUNK, RANDOM_ROWS = 256, 16_384, 1_000, 50
 # Responses: log-normal(median, σ), cut; prompts of 80–300 tokens before them. Row lengths fit the set.
 LENGTH_SETS = {
@@ -109,7 +109,7 @@ def make_dataset(prefix: Path, documents: int) -> None:
             mask = np.ones(total, np.uint8)
             mask[((np.cumsum(lengths) - lengths)[:, None] + np.arange(PROMPT)).ravel()] = 0
             logprobs = [-0.05 * rng.standard_exponential(total, np.float32) ** 3 * mask for _ in range(2)]
-            tokens = np.minimum(rng.zipf(1.3, total), 150_000).astype(np.int32)
+            tokens = np.minimum(rng.zipf(1.3, total), VOCAB - 1).astype(np.int32)
             writer.append(lengths, dict(zip(COLUMNS, (tokens, mask, *logprobs), strict=True)))
             bar.update(count)
         writer.commit(Lineage())
@@ -118,7 +118,7 @@ def make_dataset(prefix: Path, documents: int) -> None:
 def make_parquet(prefix: Path, path: Path, rows: int) -> None:
     """The same documents as the official release stores them: lists of int64 and float64 in `metadata`.
 
-    Prompts are ids here, which its loader takes, too: no tokenizer in this measurement.
+    Prompts are text there, and tokenized anew in every step: here ids written out as words.
     """
     dataset = open_dataset([prefix])
     records = []
@@ -131,7 +131,7 @@ def make_parquet(prefix: Path, path: Path, rows: int) -> None:
             "teacher_log_probs": columns["teacher_logprobs"][PROMPT:].astype(np.float64).tolist(),
             "student_log_probs": columns["rollout_logprobs"][PROMPT:].astype(np.float64).tolist(),
         }
-        prompt = columns["tokens"][:PROMPT].tolist()
+        prompt = " ".join(map(str, columns["tokens"][:PROMPT].tolist()))
         records.append({"prompt": prompt, "label": "0", "metadata": metadata})
     pq.write_table(pa.Table.from_pylist(records), path, row_group_size=1_000)
 
@@ -141,7 +141,7 @@ def bench_read(prefix: Path, parquet: Path, rounds: int) -> dict[str, Any]:
     opened = min(wall(lambda: open_dataset([prefix])) for _ in range(2 * rounds))
     dataset = open_dataset([prefix])
     steps = max(1, min(40, len(dataset) // BATCH))
-    table = load_official(parquet)
+    table, tokenizer = load_official(parquet), word_tokenizer(VOCAB)
     list_tokens = int(dataset.lengths[: len(table)].sum())
     packed, whole = step_loader(dataset, PACKED), step_loader(dataset, None)
     same = step_loader(dataset, SAME_FIELDS)
@@ -151,7 +151,7 @@ def bench_read(prefix: Path, parquet: Path, rounds: int) -> dict[str, Any]:
         "same": lambda: walk(same, steps),
         "whole": lambda: walk(whole, steps),
         "load": lambda: load_official(parquet),
-        "lists": lambda: walk_official(table, BATCH, SEQ_LENGTH),
+        "lists": lambda: walk_official(table, tokenizer, BATCH, SEQ_LENGTH),
         "random": lambda: read_random(parquet, RANDOM_ROWS),
     }
     least = dict.fromkeys(works, float("inf"))
@@ -211,7 +211,8 @@ def read_random(path: Path, count: int) -> list[tuple[torch.Tensor, ...]]:
 
 def row_tensors(row: dict[str, Any]) -> tuple[torch.Tensor, ...]:
     metadata = row["metadata"]
-    tokens = torch.tensor(row["prompt"] + metadata["response_tokens"], dtype=torch.int64)
+    prompt = [int(word) for word in row["prompt"].split()]
+    tokens = torch.tensor(prompt + metadata["response_tokens"], dtype=torch.int64)
     mask = torch.tensor(metadata["loss_mask"], dtype=torch.int64)
     names = ("teacher_log_probs", "student_log_probs")
     return (tokens, mask, *(torch.tensor(metadata[name], dtype=torch.float32) for name in names))
