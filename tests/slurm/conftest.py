@@ -13,6 +13,14 @@ from tests.slurm.lab import SlurmLab, missing
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "tests/slurm/recipe.py:opd"
+ODD_SITE = {
+    "SBATCH_EXPORT": "NONE",  # nothing reaches a job or its steps
+    "SLURM_EXPORT_ENV": "NONE",
+    "SLURM_JOB_ID": "77",  # submitted from inside another job, a requeued array job with GPUs
+    "SLURM_GPUS_PER_NODE": "2",
+    "SLURM_ARRAY_TASK_ID": "3",
+    "SLURM_RESTART_COUNT": "99",
+}
 
 
 @pytest.fixture(scope="session")
@@ -79,25 +87,11 @@ def chain(lab: SlurmLab, tiny: Path) -> Chain:
     submitted = lab.run(
         ["slurm/pipeline.sh", "--recipe", RECIPE],
         cwd=ROOT,
-        env={"LOPD_HEALTH_CHECK": "1"},
+        env={"LOPD_HEALTH_CHECK": "1", **ODD_SITE},
         timeout_s=300,
     )
     jobs = dict(line.split() for line in submitted.stdout.splitlines() if line.startswith("opd-"))
     return {name.removeprefix("opd-"): lab.wait(job, 900) for name, job in jobs.items()}
-
-
-@pytest.fixture(scope="session", autouse=True)
-def time_limited(lab: SlurmLab, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """(job, folder) of a job with a limit of one minute, which is Slurm's least, and 45 s of work.
-
-    Submitted first and looked at last (test_time_limit.py), since all it does is wait.
-    """
-    folder = tmp_path_factory.mktemp("limit")
-    program = Path(__file__).with_name("slow_trainer.py")
-    options = ("--time=1", "--signal=B:USR1@50", "--nodelist=n1", f"--output={folder}/batch.log")
-    environment = {"LOPD_LOGS": f"{folder}/logs", "LOPD_MAX_RETRIES": "0"}
-    batch = ["sbatch", "--parsable", *options, "slurm/train.sbatch", "python", str(program), str(folder)]
-    return lab.run(batch, cwd=ROOT, env=environment).stdout.strip(), folder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -183,14 +183,16 @@ class SlurmLab:
         )
         self.daemons.append((program, process, log))
 
-    def until(self, what: str, ready: Callable[[], bool], timeout_s: float = 20) -> None:
+    def until(
+        self, what: str, ready: Callable[[], bool], timeout_s: float = 20, every_s: float = 0.05
+    ) -> None:
         """Wait for a condition; fails at once when a daemon has died."""
         end = time.monotonic() + timeout_s
         while not ready():
             for name, process, _ in self.daemons:
                 assert process.poll() is None, f"{name} ended with {process.returncode}\n{self.logs()}"
             assert time.monotonic() < end, f"no {what} after {timeout_s} s\n{self.logs()}"
-            time.sleep(0.05)
+            time.sleep(every_s)
 
     def logs(self) -> str:
         return "\n".join(f"{path.name}: {path.read_text()[-800:]}" for path in self.base.glob("log/*"))
@@ -234,7 +236,7 @@ class SlurmLab:
             assert time.monotonic() < end, (
                 f"job {job} still {record['JobState']} after {timeout_s} s: {record}"
             )
-            time.sleep(0.1)
+            time.sleep(0.4)  # asking costs the CPU that the jobs want
         return record
 
     def __exit__(self, *error: object) -> None:
