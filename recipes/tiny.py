@@ -75,7 +75,7 @@ def teacher(root: str = DEMO) -> RunConfig:
 
 def base(root: str = DEMO) -> RunConfig:
     """The base student: both styles, a third of the facts corrupted."""
-    config = _pretrain(root, "base", "student_init", 1500)
+    config = _pretrain(root, "base", "student_init", 2400)
     config.evaluation.input = []
     return config
 

@@ -117,13 +117,16 @@ class Study:
 
     def _soft(self) -> list[Cell]:
         """One teacher that leaves more open: more of what it knows is outside of its first few tokens."""
-        both: dict[str, str] = {"start": "sft_soft", "teacher": "teacher_soft"}
+        start, teacher = "sft_soft", "teacher_soft"
         return [
-            self._sft("sft_soft", "teacher_soft", group="soft"),
-            self._offline("lightning_soft", "soft", **both),
-            *(self._offline(f"lightning_topk_{k}_soft", "soft", _topk(k), **both) for k in (1, 2, 4)),
-            self._standard("standard_soft", "soft", **both),
-            self._standard("standard_topk_1_soft", "soft", _topk(1), **both),
+            self._sft(start, teacher, group="soft"),
+            self._offline("lightning_soft", "soft", start=start, teacher=teacher),
+            *(
+                self._offline(f"lightning_topk_{k}_soft", "soft", _topk(k), start=start, teacher=teacher)
+                for k in (1, 2, 4)
+            ),
+            self._standard("standard_soft", "soft", start=start, teacher=teacher),
+            self._standard("standard_topk_1_soft", "soft", _topk(1), start=start, teacher=teacher),
         ]
 
     def _variants(self) -> list[Cell]:

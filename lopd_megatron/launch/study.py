@@ -21,8 +21,8 @@ from lopd_megatron.launch.workbench import Curve, Problem, Workbench, export, me
 from lopd_megatron.train.metrics import read_metrics
 from lopd_megatron.train.state import Hook, Trainer
 
-CURVE_ITERATIONS = (5, 10, 25, 50, 75, 100, 150)
-CURVE_PROBLEMS = 256
+CURVE_ITERATIONS = (5, 10, 25, 50, 100, 150)
+CURVE_PROBLEMS = 128
 EFFOPD_PROBLEMS = 50
 """As in the paper (arXiv 2605.11739, 4.1): one answer each at temperature 1."""
 
@@ -60,8 +60,6 @@ class StudyRunner:
             done += part.config.train.train_iters
         folder = str(config.paths.hf)
         grader = config.evaluation.grader
-        solved, _, _ = self.bench.accuracy(folder, self._split("valid"), grader=grader, temperature=0.0)
-        result["valid"] = {"greedy": mean_and_error(solved)}
         result["test"] = self.bench.measure(folder, cell.teacher, self._split("test"), grader=grader)
         result["config"] = config.model_dump(mode="json")
         return result

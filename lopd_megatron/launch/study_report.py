@@ -14,6 +14,7 @@ from lopd_megatron.launch.study_statistics import (
     Interval,
     Metric,
     Results,
+    at_end,
     over_seeds,
     quality,
     total_seconds,
@@ -78,7 +79,7 @@ def quality_table(results: Results, cells: Sequence[str]) -> str:
         ("greedy %", quality("greedy"), 100, 1),
         ("T = 1 %", quality("sampled"), 100, 1),
         ("reverse KL, nats/token", quality("reverse_kl"), 1, 4),
-        ("validation greedy %", quality("greedy", "valid"), 100, 1),
+        ("validation greedy %", at_end, 100, 1),
     ]
     rows = []
     for cell in cells:

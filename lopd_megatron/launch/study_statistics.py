@@ -50,9 +50,9 @@ def over_seeds(results: Results, cell: str, metric: Metric) -> Interval | None:
     return interval([value for value in values if value is not None])
 
 
-def quality(name: Literal["greedy", "sampled", "reverse_kl"], split: str = "test") -> Metric:
-    """An end result on a split."""
-    return lambda result: result[split][name]["value"]
+def quality(name: Literal["greedy", "sampled", "reverse_kl"]) -> Metric:
+    """An end result on the test problems."""
+    return lambda result: result["test"][name]["value"]
 
 
 def total_seconds(result: Result) -> float:
@@ -67,6 +67,11 @@ def at_iteration(iteration: int) -> Metric:
         return next((p["value"] for p in result["curve"] if p["iteration"] == iteration), None)
 
     return metric
+
+
+def at_end(result: Result) -> float | None:
+    """Greedy validation accuracy at the last point of the curve."""
+    return result["curve"][-1]["value"] if result["curve"] else None
 
 
 def until(accuracy: float, what: Literal["iteration", "seconds"]) -> Metric:

@@ -2,8 +2,8 @@
 
     python -m tests.distributed.test_golden      writes them anew, for a change that is meant to move them
 
-The last bits of a float32 product depend on the processor and on torch, so the file says which ones it is from;
-on others the losses must agree to rounding.
+The last bits of a float32 product depend on the processor and on torch, so the file says which ones it is
+from; on others the losses must agree to rounding.
 """
 
 from __future__ import annotations
