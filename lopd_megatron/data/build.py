@@ -77,7 +77,8 @@ def write_dataset(
     with DatasetWriter(prefix, columns, topk, {"source": "documents"}) as writer:
         for chunk in _chunks(_with_first(first, stream), 512):
             values = {
-                name: np.concatenate([column_of(document, name) for document in chunk]) for name in columns
+                name: np.concatenate([column_of(document, name, topk) for document in chunk])
+                for name in columns
             }
             writer.append(np.array([len(document.tokens) for document in chunk]), values)
         return writer.commit(lineage or Lineage())
@@ -203,14 +204,20 @@ def flat_columns(batch: RolloutBatch) -> dict[str, np.ndarray]:
     return columns
 
 
-def column_of(document: Document, name: str) -> np.ndarray:
-    """The values of a column as they are stored, flat."""
+def column_of(document: Document, name: str, topk: int) -> np.ndarray:
+    """The values of a column as they are stored, flat; ValueError where a token has not one (or k)."""
     values = getattr(document, name)
     if values is None:
         raise ValueError(f"a document lacks {name}, which the first one has")
+    values = np.asarray(values)
+    tokens = len(document.tokens)
+    if values.shape != ((tokens, topk) if COLUMNS[name].per_topk else (tokens,)):
+        # Not left to the sum over documents: one that is short and one that is long would pass it, shifted.
+        what = f"{tokens} tokens" + (f" and k = {topk}" if COLUMNS[name].per_topk else "")
+        raise ValueError(f"{name} has the shape {values.shape}, its document has {what}")
     if name == "teacher_topk_logprobs":
-        return np.asarray(values, np.float16).view(np.uint16).reshape(-1)
-    return np.asarray(values).reshape(-1)
+        values = values.astype(np.float16).view(np.uint16)
+    return values.reshape(-1)
 
 
 def _with_first(first: Document, rest: Iterator[Document]) -> Iterator[Document]:

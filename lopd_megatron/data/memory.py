@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lopd_megatron.data.build import Document, column_of
+from lopd_megatron.data.indexed import checked_cast
 from lopd_megatron.data.store import Dataset, Documents
 from lopd_megatron.records import COLUMNS
 
@@ -14,12 +15,14 @@ from lopd_megatron.records import COLUMNS
 def memory_dataset(documents: Sequence[Document]) -> Dataset:
     """A dataset of documents in memory; all must have the columns of the first, and the same k.
 
-    Top-k log-probs are rounded to float16, as on disk.
+    Top-k log-probs are rounded to float16, as on disk. ValueError where another value would change.
     """
     first = documents[0]
     topk = 0 if first.teacher_topk_ids is None else first.teacher_topk_ids.shape[1]
     values = {
-        name: np.concatenate([column_of(document, name) for document in documents]).astype(column.dtype)
+        name: checked_cast(
+            np.concatenate([column_of(document, name, topk) for document in documents]), column.dtype, name
+        )
         for name, column in COLUMNS.items()
         if getattr(first, name) is not None
     }

@@ -94,15 +94,14 @@ class OfficialFile:
 
 
 def prompt_tokenizer(folder: str | Path) -> PromptTokenizer:
-    """Text as it is; chat messages through the chat template, with a generation prompt."""
+    """Text as it is, rendered already; chat messages through the chat template, with a generation prompt."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
     def tokenize(prompt: Any) -> list[int]:
-        if isinstance(prompt, str):
-            return tokenizer(prompt)["input_ids"]
-        text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not isinstance(prompt, str):
+            prompt = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+        return tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
     return tokenize

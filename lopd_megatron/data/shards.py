@@ -56,10 +56,16 @@ class Shard:
                 f"{self.path} is not the file that its JSON describes; delete both, make them again"
             )
         with pq.ParquetFile(self.path) as file:
-            names = [name for name in _SCHEMAS[self.kind].names if name in _READ]
+            schema = _SCHEMAS[self.kind]
+            names = [name for name in schema.names if name in _READ]
             missing = sorted(set(names) - set(file.schema_arrow.names))
             if missing:
                 raise UserError(f"{self.path} has no column {missing[0]}; make the shard again")
+            for name in names:
+                # numpy would cast silently: an id of 64 bits comes out as another token.
+                found, needed = file.schema_arrow.field(name).type, schema.field(name).type
+                if found != needed:
+                    raise UserError(f"{self.path}: {name} is {found}, not {needed}; make the shard again")
             row = 0
             for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=names):
                 yield _rollout_batch(batch, self.path, row)

@@ -230,11 +230,16 @@ class DatasetWriter:
         path = self.folder / _STATE
         if not path.is_file():
             return {}
-        saved = json.loads(path.read_text())
-        if saved["settings"] != self._settings:
+        try:
+            saved = json.loads(path.read_text())
+            settings, sizes = saved["settings"], dict(saved["sizes"])
+        except (ValueError, KeyError, TypeError):
+            say(f"{path} is not a save point: starting afresh")
+            return {}
+        if settings != self._settings:
             say(f"{self.folder} was made with other settings: starting afresh")
             return {}
-        for name, size in saved["sizes"].items():
+        for name, size in sizes.items():
             file = self.folder / (name if name == _LENGTHS else f"{name}.bin")
             if not file.is_file() or file.stat().st_size < size:
                 say(f"{file} is shorter than its save point: starting afresh")

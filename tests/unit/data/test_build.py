@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import json
 import os
 import resource
 import signal
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lopd_megatron.data import writer
@@ -19,6 +21,7 @@ from lopd_megatron.data.filters import LONGEST_PERIOD, REPEATED_TAIL, Filters
 from lopd_megatron.data.manifest import Manifest, read_manifest
 from lopd_megatron.data.store import open_dataset
 from lopd_megatron.errors import UserError
+from lopd_megatron.files import sha256_file
 from lopd_megatron.inference import shards
 from lopd_megatron.lineage import Lineage
 from lopd_megatron.records import SCORED_SCHEMA
@@ -128,6 +131,33 @@ def test_a_shard_that_cannot_be_right(tmp_path: Path, change: dict, message: str
     with pytest.raises(UserError, match=message) as caught:
         build(tmp_path, [[row("a", [1], [2, 3]), row("b", [1], [2, 3], **change)]])
     assert "shard-00000.parquet" in str(caught.value)
+
+
+def test_a_shard_of_wider_ids_is_refused(tmp_path: Path) -> None:
+    """An id beyond 32 bits would come out as another token."""
+    folder = write_shards(tmp_path / "scored", [[ROWS["good"]]])
+    path = folder / "shard-00000.parquet"
+    table = pq.read_table(path)
+    place = table.schema.get_field_index("response_tokens")
+    wide = pa.array([[2**32 + 5] * len(ROWS["good"]["response_tokens"])], pa.list_(pa.int64()))
+    pq.write_table(table.set_column(place, "response_tokens", wide), path)
+    value = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps(value | {"sha256": sha256_file(path)}))
+    with pytest.raises(UserError, match=r"shard-00000.parquet: response_tokens is list<.*int64"):
+        build_dataset(folder, tmp_path / "x", filters=WIDE)
+
+
+def test_a_save_point_that_cannot_be_read_starts_afresh(tmp_path: Path) -> None:
+    build(tmp_path, [[ROWS["good"]]])
+    whole = files_of(tmp_path / "dataset" / "train")
+    folder = tmp_path / "dataset" / "train.building"
+    for text in ("", "{", "[]", "{}", '{"settings": 1}'):
+        for path in (tmp_path / "dataset").glob("train.*"):
+            path.unlink()
+        folder.mkdir()
+        (folder / "state.json").write_text(text)
+        build_dataset(tmp_path / "scored", tmp_path / "dataset" / "train", filters=WIDE)
+        assert files_of(tmp_path / "dataset" / "train") == whole
 
 
 def test_shards_of_different_k(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Documents in memory make the very batches that the same documents make from disk."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -61,3 +62,43 @@ def test_memory_and_disk_give_the_same_batches(tmp_path: Path, topk: int) -> Non
             for field in dataclasses.fields(one):
                 a, b = getattr(one, field.name), getattr(other, field.name)
                 assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, field.name
+
+
+def write_to_disk(folder: Path, documents: list[Document]) -> None:
+    write_dataset(folder / "d", documents)
+
+
+def keep_in_memory(folder: Path, documents: list[Document]) -> None:
+    memory_dataset(documents)
+
+
+@pytest.mark.parametrize("make", [write_to_disk, keep_in_memory])
+@pytest.mark.parametrize("name", ["loss_mask", "teacher_logprobs", "rollout_logprobs", "teacher_topk_ids"])
+def test_lengths_that_are_wrong_in_two_documents_and_right_in_sum(
+    tmp_path: Path, make: Callable[[Path, list[Document]], None], name: str
+) -> None:
+    """Columns are written end to end: one value too many and one too few shift all between them."""
+    one, other = random_documents(1, 2)[0], random_documents(2, 2)[1]
+    values = getattr(one, name)
+    more = dataclasses.replace(one, **{name: np.concatenate([values, values[-1:]])})
+    less = dataclasses.replace(other, **{name: getattr(other, name)[:-1]})
+    with pytest.raises(ValueError, match=rf"{name} has the shape .*, its document has .* tokens"):
+        make(tmp_path, [more, less])
+
+
+@pytest.mark.parametrize("make", [write_to_disk, keep_in_memory])
+def test_another_k_is_refused(tmp_path: Path, make: Callable[[Path, list[Document]], None]) -> None:
+    documents = [random_documents(1, topk)[0] for topk in (2, 1, 3)]
+    with pytest.raises(ValueError, match="teacher_topk_ids has the shape"):
+        make(tmp_path, documents)
+
+
+@pytest.mark.parametrize("make", [write_to_disk, keep_in_memory])
+@pytest.mark.parametrize(("name", "value"), [("tokens", 2**32 + 5), ("loss_mask", 257), ("tokens", 0.5)])
+def test_no_value_is_cast_into_another(
+    tmp_path: Path, make: Callable[[Path, list[Document]], None], name: str, value: float
+) -> None:
+    document = random_documents(1, 0)[0]
+    wrong = np.array([*getattr(document, name)[:-1].tolist(), value])
+    with pytest.raises(ValueError, match="does not fit"):
+        make(tmp_path, [dataclasses.replace(document, **{name: wrong})])

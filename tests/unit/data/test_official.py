@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import Tokenizer, processors
 
 from lopd_megatron.data.build import build_from
 from lopd_megatron.data.filters import Filters
@@ -94,3 +95,14 @@ def test_prompts_go_through_the_chat_template(tmp_path: Path) -> None:
     convert(tmp_path, [official_row([7])], tokenize)
     tokens = open_dataset([tmp_path / "x"]).document(0)["tokens"]
     assert np.array_equal(tokens, [*words, 7])
+
+
+def test_text_gets_no_second_start_token(tmp_path: Path) -> None:
+    """The text is a rendered template: what a tokenizer adds by itself is in it already."""
+    tiny_task.save_tokenizer(tmp_path / "tokenizer")
+    path = tmp_path / "tokenizer" / "tokenizer.json"
+    words = Tokenizer.from_file(str(path))
+    words.post_processor = processors.TemplateProcessing(single="1 $A", special_tokens=[("1", 5)])
+    words.save(str(path))
+    two = tiny_task.VOCABULARY.index("2")
+    assert prompt_tokenizer(tmp_path / "tokenizer")("2") == [two]
