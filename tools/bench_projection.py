@@ -3,6 +3,8 @@
     training  3 · forward FLOPs / (peak · MFU); prompts do not pass the head
     scoring   forward FLOPs / (peak · MFU), every rollout once
     rollouts  generated tokens · bytes of a decoding step / sequences of it / (bandwidth · share)
+    top-k     bytes of its columns; no FLOPs: the teacher's logits are read once more, training has its three
+              products of the head
 
 A decoding step reads all weights once (of a mixture every expert: batches are large) and the KV cache of as
 many half-finished sequences as the memory holds.
@@ -13,7 +15,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from lopd_megatron.config import RunConfig
+from lopd_megatron.records import COLUMNS
 from recipes.models import QWEN3_4B, QWEN3_8B, QWEN3_30B_A3B, QWEN3_32B
 
 PEAK_FLOPS, BANDWIDTH, MEMORY = 989e12, 3.35e12, 80e9
@@ -87,6 +92,16 @@ def decoding_rate(hf: dict[str, Any], gpus: int) -> float:
     return sequences / (step_bytes / (gpus * BANDWIDTH * DECODING_BANDWIDTH)) / gpus
 
 
+def bytes_per_token(k: int) -> int:
+    """Of a dataset with k cached teacher tokens."""
+    return sum(np.dtype(c.dtype).itemsize * (k if c.per_topk else 1) for c in COLUMNS.values())
+
+
+def selection_hours(pair: Pair) -> float:
+    """GPU-hours of finding the k largest of the teacher's float32 logits: one read of them."""
+    return ROLLOUTS * RESPONSE * 4 * pair.teacher["vocab_size"] / BANDWIDTH / 3600
+
+
 def _spec(hf: dict[str, Any]) -> Any:
     from lopd_megatron.model.config import student_spec
 
@@ -109,4 +124,20 @@ def table() -> list[str]:
         if pair.paper:
             paper = f"{' + '.join(map(str, pair.paper))} = {sum(pair.paper)}"
         lines.append(f"| {' | '.join([name, *shown, paper])} |")
+    return lines
+
+
+def topk_table() -> list[str]:
+    """Markdown: what k cached teacher tokens cost beside the sampled one, for the 8B student."""
+    pair = PAIRS["8B ← 32B"]
+    hours, paper = sum(stage_hours(pair)), sum(pair.paper or ())
+    lines = [
+        "| cached teacher tokens | bytes a token | 17,398 rollouts, GB | GPU-hours, 8B ← 32B | paper |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for k in (0, 1, 2, 4, 8, 16, 32):
+        size = ROLLOUTS * (PROMPT + RESPONSE) * bytes_per_token(k) / 1e9
+        spent = hours + (selection_hours(pair) if k else 0.0)
+        name = f"{k}: `lightning_opd_topk`" if k == 16 else ("0: `lightning_opd`" if k == 0 else str(k))
+        lines.append(f"| {name} | {bytes_per_token(k)} | {size:.1f} | {spent:.2f} | {'' if k else paper} |")
     return lines
