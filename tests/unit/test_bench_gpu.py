@@ -98,9 +98,7 @@ def test_no_part_begins_after_the_time_is_over(
     tool: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(tool("bench_gpu"), "PARTS", {"device": program(DEVICE)})
-    start = time.monotonic()
     report = run(tool, monkeypatch, tmp_path / "gpu.json", "--total-s", "5")
-    assert time.monotonic() - start < 5
     assert report["parts"]["device"]["status"] == "skipped"
     assert "left of the total" in report["parts"]["device"]["reason"]
 
