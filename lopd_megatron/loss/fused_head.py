@@ -193,8 +193,9 @@ def _exponentiate_(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, to
     return top, mass, tilt
 
 
-_CACHED_ELEMENTS = 1 << 17
-"""float32 values of the rows that a CPU core exponentiates in one go: 512 KiB stay in its cache."""
+_CACHED_ELEMENTS = 1 << 19
+"""float32 values of the rows that a CPU core exponentiates in one go: 2 MiB stay in its caches, and calls for
+single rows of a large vocabulary would cost 3 % of the head."""
 
 
 def _exponentiate_rows_(logits: torch.Tensor) -> torch.Tensor:
@@ -203,9 +204,11 @@ def _exponentiate_rows_(logits: torch.Tensor) -> torch.Tensor:
     # Clamped, because a shard of nothing but −∞ must give exponentials of 0, and 0 · −∞ a tilt of 0.
     top = logits.amax(1, keepdim=True).float().clamp(min=lowest)
     shifted = (logits.float() - top).clamp_(min=lowest)
-    exponentials = shifted.exp()
+    in_place = logits.dtype == torch.float32
+    exponentials = torch.exp(shifted, out=logits) if in_place else shifted.exp()
     sums = torch.stack([top.squeeze(1), exponentials.sum(1), shifted.mul_(exponentials).sum(1)])
-    logits.copy_(exponentials)
+    if not in_place:
+        logits.copy_(exponentials)
     return sums
 
 
