@@ -7,9 +7,12 @@ everything after them depends on the seed.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from lopd_megatron.config import RunConfig
 from lopd_megatron.launch.refresh import refresh_rounds
@@ -42,6 +45,22 @@ class Study:
         """The run that makes a teacher or the base student, on one rank."""
         config: RunConfig = getattr(tiny, name)(self.models)
         return _one_rank(config)
+
+    def recipes(self) -> dict[str, str]:
+        """Cell → hash of all settings that its result comes from, back to the random weights."""
+        recipes: dict[str, str] = {}
+        for cell in self.cells():
+            parts = [
+                [_settings(part.config), asdict(part.data) if part.data else part.prompts]
+                for part in cell.parts
+            ]
+            models = [self.model_recipe(name) for name in ("base", *cell.teachers)]
+            recipes[cell.name] = _hash([models, [recipes[name] for name in cell.needs], parts])
+        return recipes
+
+    def model_recipe(self, name: str) -> str:
+        """Hash of all settings of a teacher or the base student."""
+        return _hash(_settings(self.pretraining(name)))
 
     def cells(self) -> list[Cell]:
         """In an order in which they can run: what the others start from first."""
@@ -245,6 +264,15 @@ def _one_rank(config: RunConfig) -> RunConfig:
     config.data.seq_length = 4096
     config.evaluation.engine.max_num_seqs = 512
     return config
+
+
+def _settings(config: RunConfig) -> Any:
+    """What the recipe sets; a setting that is new later, at its default, changes no hash."""
+    return config.model_dump(mode="json", exclude_defaults=True)
+
+
+def _hash(described: Any) -> str:
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _clip(value: float | None) -> Callable[[RunConfig], None]:

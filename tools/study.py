@@ -3,14 +3,16 @@
     python tools/study.py [--seeds 5] [--groups core topk …] [--quick] [--report-only]
 
 Trains the teachers and the base student where they are missing, then one process per seed works through
-the cells of recipes/tiny_study.py, as many at a time as there are cores; a cell whose result.json exists is
-not run again, so a killed study goes on. Ends by writing docs/study.md, its plots and
-docs/study/results.json.
+the cells of recipes/tiny_study.py, as many at a time as there are cores. A cell is not run again where its
+result, made with the same settings, is below runs/study or in docs/study/results.json: a killed study goes
+on, on another machine too. Ends by writing docs/study.md, its plots and docs/study/results.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import json
 import os
 import subprocess
 import sys
@@ -22,7 +24,8 @@ from pathlib import Path
 from lopd_megatron.errors import UserError, run_program
 from lopd_megatron.files import write_json
 from lopd_megatron.launch.study_cells import Cell
-from lopd_megatron.launch.study_report import collect, write_report
+from lopd_megatron.launch.study_report import collect, read_kept, write_report
+from lopd_megatron.launch.study_statistics import Result
 from lopd_megatron.progress import say
 from recipes.tiny_study import STUDY, Study
 from recipes.tiny_study_claims import CLAIMS
@@ -39,6 +42,7 @@ GROUPS = {
     "online": "Online: overlap",
 }
 REPORT = Path("docs/study.md")
+RESULTS = Path("docs/study/results.json")
 QUICK_CELLS = (
     "sft",
     "more_sft",
@@ -67,10 +71,8 @@ def main() -> int:
     if args.prepare:
         return prepare(args.prepare)
     if args.worker is not None:
-        return work(Study(args.worker), wanted(Study(args.worker), args))
-    todo = {
-        seed: [cell for cell in wanted(Study(seed), args) if not cell.result_path.exists()] for seed in seeds
-    }
+        return work(Study(args.worker), to_run(Study(args.worker), args))
+    todo = {seed: to_run(Study(seed), args) for seed in seeds}
     if args.dry_run:
         for seed, cells in todo.items():
             print(f"seed {seed}: {len(cells)} cells to run: {' '.join(cell.name for cell in cells)}")
@@ -86,14 +88,34 @@ def main() -> int:
     return 0
 
 
-def wanted(study: Study, args: argparse.Namespace) -> list[Cell]:
-    """The cells that were asked for and those they start from."""
+def to_run(study: Study, args: argparse.Namespace) -> list[Cell]:
+    """The cells that were asked for and have no result, and those they start from that are not here."""
     cells = {cell.name: cell for cell in study.cells()}
+    known = {r["cell"] for r in read_kept(RESULTS) if r["seed"] == study.seed and is_current(r)}
     chosen = {
-        c.name for c in cells.values() if (c.name in QUICK_CELLS if args.quick else c.group in args.groups)
+        cell.name
+        for cell in cells.values()
+        if (cell.name in QUICK_CELLS if args.quick else cell.group in args.groups)
+        and cell.name not in known
+        and not is_here(cell)
     }
-    chosen |= {need for name in chosen for need in cells[name].needs}
+    chosen |= {need for name in chosen for need in cells[name].needs if not is_here(cells[need])}
     return [cell for name, cell in cells.items() if name in chosen]
+
+
+def is_here(cell: Cell) -> bool:
+    """Whether the cell was run on this machine, so that its weights are there, with the settings of today."""
+    return cell.result_path.exists() and is_current(json.loads(cell.result_path.read_text()))
+
+
+def is_current(result: Result) -> bool:
+    """Whether a result was made with the settings of today."""
+    return result.get("recipe") == recipes(result["seed"]).get(result["cell"], "no such cell")
+
+
+@functools.cache
+def recipes(seed: int) -> dict[str, str]:
+    return Study(seed).recipes()
 
 
 def report() -> None:
@@ -102,7 +124,7 @@ def report() -> None:
     groups = {
         heading: [cell.name for cell in cells if cell.group == group] for group, heading in GROUPS.items()
     }
-    results = collect(Path(STUDY), REPORT.with_suffix("") / "results.json")
+    results = collect(Path(STUDY), RESULTS, is_current)
     write_report(REPORT, results, groups, CLAIMS, introduction(cells))
     say(f"written: {REPORT}")
 
@@ -130,12 +152,12 @@ def prepare(names: list[str]) -> int:
     from lopd_megatron.launch.workbench import train
 
     for name in names:
-        config = Study(0).pretraining(name)
-        if not (config.paths.hf / "config.json").exists():
+        config, recipe = Study(0).pretraining(name), Study(0).model_recipe(name)
+        done = config.paths.run_dir / "recipe.json"
+        if not done.exists() or json.loads(done.read_text()) != recipe:
             say(f"study: training {name}")
-            start = time.monotonic()
             train(config)
-            write_json(config.paths.run_dir / "seconds.json", time.monotonic() - start)
+            write_json(done, recipe)
     return 0
 
 
@@ -166,10 +188,8 @@ def work(study: Study, cells: list[Cell]) -> int:
         test=f"{problems}/test.jsonl",
     )
     for number, cell in enumerate(cells, start=1):
-        if cell.result_path.exists():
-            continue
         start = time.monotonic()
-        result = runner.run(cell)
+        result = runner.run(cell) | {"recipe": recipes(study.seed)[cell.name]}
         write_json(cell.result_path, result)
         accuracy = result["test"]["greedy"]["value"]
         say(

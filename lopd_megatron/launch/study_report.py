@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from lopd_megatron.launch.study_statistics import (
     Claim,
     Interval,
     Metric,
+    Result,
     Results,
     at_end,
     over_seeds,
@@ -25,19 +26,33 @@ STAGES = ("rollouts", "generate", "score", "build", "sync", "train")
 LEVELS = (0.8, 0.9, 0.97)
 
 
-def collect(runs: Path, kept: Path) -> Results:
-    """The results below `runs` over those kept earlier in `kept`, which is brought up to date."""
+def collect(runs: Path, kept: Path, is_current: Callable[[Result], bool]) -> Results:
+    """The results below `runs` over those kept earlier in `kept`, which is brought up to date.
+
+    A result of other settings than today's is left out, so that no mean is over two recipes.
+    """
     results: Results = {}
-    if kept.exists():
-        for cell, by_seed in json.loads(kept.read_text())["cells"].items():
-            results[cell] = {int(seed): result for seed, result in by_seed.items()}
+    for result in (*read_kept(kept), *_read_runs(runs)):
+        if is_current(result):
+            results.setdefault(result["cell"], {})[result["seed"]] = result
+    write_json(kept, {"machine": f"{platform.system()} {platform.machine()}, CPU", "cells": results})
+    return results
+
+
+def read_kept(kept: Path) -> list[Result]:
+    """Results of earlier runs, on this machine or on others."""
+    if not kept.exists():
+        return []
+    cells = json.loads(kept.read_text())["cells"]
+    return [result for by_seed in cells.values() for result in by_seed.values()]
+
+
+def _read_runs(runs: Path) -> Iterator[Result]:
     for path in sorted(runs.glob("seed_*/*/result.json")):
         result = json.loads(path.read_text())
         for bulky in ("config", "metrics"):
             result.pop(bulky, None)
-        results.setdefault(result["cell"], {})[result["seed"]] = result
-    write_json(kept, {"machine": f"{platform.system()} {platform.machine()}, CPU", "cells": results})
-    return results
+        yield result
 
 
 def write_report(

@@ -94,7 +94,7 @@ def test_the_report_comes_from_the_results(root: Path, tmp_path: Path) -> None:
     from lopd_megatron.launch.study_report import collect, write_report
     from recipes.tiny_study_claims import CLAIMS
 
-    results = collect(root, tmp_path / "study" / "results.json")
+    results = collect(root, tmp_path / "study" / "results.json", lambda result: True)
     groups = {"Core: a": ["sft", "lightning", "standard", "more_sft"]}
     write_report(tmp_path / "study.md", results, groups, CLAIMS, "# Study")
     text = (tmp_path / "study.md").read_text()
@@ -102,4 +102,6 @@ def test_the_report_comes_from_the_results(root: Path, tmp_path: Path) -> None:
     assert "not run" in text
     assert "`more_sft`" in text.split("## What was not run")[1]
     assert (tmp_path / "study" / "core.png").stat().st_size > 0
-    assert collect(tmp_path, tmp_path / "study" / "results.json") == results  # without the runs
+    kept = tmp_path / "study" / "results.json"
+    assert collect(tmp_path, kept, lambda result: True) == results  # without the runs
+    assert collect(root, kept, lambda result: result["cell"] != "sft").keys() == results.keys() - {"sft"}

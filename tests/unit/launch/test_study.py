@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from lopd_megatron.config import RunConfig
+from lopd_megatron.files import write_json
 from lopd_megatron.launch.study_report import table
 from lopd_megatron.launch.study_statistics import Claim, interval, quality
+from recipes import tiny
 from recipes.tiny_study import Study
 from recipes.tiny_study_claims import CLAIMS
 
@@ -85,3 +91,46 @@ def test_claims_speak_of_cells_that_exist() -> None:
 def test_tables_are_markdown() -> None:
     assert table(("a", "b"), [("1", "2")]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
     assert table(("a",), []) == ""
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """tools/study.py in an empty folder, asked for the groups core and clip."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[3] / "tools"))
+    monkeypatch.chdir(tmp_path)
+    return importlib.import_module("study")
+
+
+def test_a_kept_result_is_not_made_again_and_a_stale_one_is(tool: Any) -> None:
+    arguments = argparse.Namespace(groups=["clip"], quick=False)
+    study = Study(0)
+    names = [cell.name for cell in study.cells() if cell.group == "clip"]
+    assert [cell.name for cell in tool.to_run(study, arguments)] == ["sft", *names]
+    kept = {name: {"0": {"cell": name, "seed": 0, "recipe": study.recipes()[name]}} for name in names}
+    write_json(tool.RESULTS, {"cells": kept})
+    assert tool.to_run(study, arguments) == []  # and nothing is trained only to start from it
+    assert [cell.name for cell in tool.to_run(Study(1), arguments)] == ["sft", *names]
+    kept[names[0]]["0"]["recipe"] = "another"
+    write_json(tool.RESULTS, {"cells": kept})
+    assert [cell.name for cell in tool.to_run(study, arguments)] == ["sft", names[0]]
+    assert [r["cell"] for r in tool.read_kept(tool.RESULTS) if tool.is_current(r)] == names[1:]
+
+
+def test_settings_of_every_model_behind_a_cell_are_part_of_its_recipe(
+    tool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = Study(0).recipes()
+    base = tiny.base
+
+    def longer(root: str) -> RunConfig:
+        config = base(root)
+        config.train.train_iters += 1
+        return config
+
+    monkeypatch.setattr(tiny, "base", longer)
+    after = Study(0).recipes()
+    assert all(before[name] != after[name] for name in before)
+    monkeypatch.setattr(tiny, "base", base)
+    monkeypatch.setattr(tiny, "teacher_soft", lambda root: longer(root))
+    changed = {name for name, recipe in Study(0).recipes().items() if recipe != before[name]}
+    assert changed == {cell.name for cell in Study(0).cells() if cell.group == "soft"}
