@@ -7,7 +7,7 @@
 Each function names the file it stands for. Both sides of `bench_data.py` are one rank alone. Left out, all in
 favour of the official side: the texts of the responses (kept, copied, looked through for loops), a task per
 sample, and means of what the model computes. The release's own functions, run on such documents with stubs
-for Ray's actors and CUDA, took 1.1 to 1.2 times as long as these; docs/data.md has the figures.
+for Ray's actors and CUDA, take 1.13 times as long as these; docs/data.md has the figures.
 """
 
 from __future__ import annotations
