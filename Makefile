@@ -67,8 +67,10 @@ demo-clean:  ## forget what the demo made
 study: env  ## the comparison of docs/study.md: hours, resumable; STUDY=quick in a quarter of an hour
 	$(PY) tools/study.py $(if $(filter quick,$(STUDY)),--quick)
 
-bench: env  ## ratios against peers, as JSON in docs/benchmarks/peers.json and a table in docs/performance.md
+bench: env  ## ratios against peers, as JSON in docs/benchmarks and tables in docs/performance.md
 	$(PY) tools/bench_peers.py --output docs/benchmarks/peers.json
+	$(PY) tools/bench_loss.py --output docs/benchmarks/loss.json
+	$(PY) tools/bench_data.py --folder runs/bench_data --output docs/benchmarks/data.json
 	$(PY) tools/bench_page.py
 
 bench-gpu:  ## all that one GPU can show, in twelve minutes, into docs/benchmarks/gpu.json; needs no .venv
