@@ -15,10 +15,13 @@ is columnar: see `COLUMNS`. The only shift from token- to label-aligned is made 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import torch
+
+if TYPE_CHECKING:  # seconds of every start, and prompts and files need no tensor
+    import torch
 
 SCHEMA_VERSION = 1
 

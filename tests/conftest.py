@@ -1,4 +1,4 @@
-"""How `make test` spreads the tests over its processes: whole files, what takes long first.
+"""How `make test` spreads all but tests/distributed over its processes: whole files, what takes long first.
 
 A file stays in one process, which builds its fixtures once. tests/slurm stays together, because its files
 share one Slurm and one chain of jobs. Short files come last and fill the end.
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-SLOW_FOLDERS = ("tests/slurm/", "tests/e2e/", "tests/distributed/")
+SLOW_FOLDERS = ("tests/slurm/", "tests/e2e/")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

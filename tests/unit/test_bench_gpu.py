@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 
 from lopd_megatron.errors import UserError
 from lopd_megatron.loss import fused_head
@@ -170,8 +171,10 @@ def test_the_head_of_a_gpu_in_small(tool: Any, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@torch._dynamo.config.patch(disable=False)  # an engine of another test in this process turns it off
 def test_compiled_functions_are_the_eager_ones(precision: str) -> None:
     """What torch.compile makes of them before any kernel is written: one graph, the same writes in place."""
+    torch._dynamo.reset()
 
     def compiled(function: Any) -> Any:
         return torch.compile(function, dynamic=True, fullgraph=True, backend="aot_eager")
