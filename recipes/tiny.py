@@ -59,7 +59,7 @@ def _pretrain(root: str, name: str, model: str, train_iters: int) -> RunConfig:
     config.model.student = f"{root}/task/{model}"
     config.loss.objective = "sft"
     config.data.prefixes = [f"{root}/task/gold/{name}"]
-    config.parallel.pipeline_model_parallel_size = 2
+    config.data.seq_length = 4096  # a whole step in one row: on a CPU one process then beats two stages
     config.optimizer.lr = 4e-3
     config.optimizer.min_lr = 4e-4
     config.optimizer.lr_warmup_iters = 20
