@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch._dynamo
 
 from lopd_megatron.errors import UserError
 from lopd_megatron.loss import fused_head
+from lopd_megatron.parallel import topology as grid
 from lopd_megatron.train import precision_aware_adam
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,6 +147,15 @@ def test_what_cannot_fit_is_refused_before_the_model_is_built(tool: Any, tmp_pat
     assert cases.refuse_what_cannot_fit(small, 2**40) < 2**30
 
 
+@pytest.fixture
+def world_of_one() -> Iterator[None]:
+    """What the test makes of process groups ends with it."""
+    yield
+    grid.destroy()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("world_of_one")
 def test_the_head_of_a_gpu_in_small(tool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """`measure_cuda` on a CPU, where nothing is timed: its variants, precision and keys."""
     loss, shape = tool("bench_loss"), tool("bench_loss_step").Shape(64, 32, 512, 16)
