@@ -61,7 +61,7 @@ format: env  ## what ruff can mend by itself
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-demo: env  ## the whole pipeline on a tiny task, about ten minutes on two cores
+demo: env  ## the whole pipeline on a tiny task, about twelve minutes on two cores
 	$(PY) tools/demo.py
 
 demo-clean:  ## forget what the demo made
