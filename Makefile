@@ -46,8 +46,7 @@ $(VENV)/triton-interpreter: | env
 	$(UV) --target $@.tmp triton==3.9.0 || $(PIP) --target $@.tmp triton==3.9.0
 	mv $@.tmp $@
 
-# A world of ranks has the cores to itself: two side by side wait for each other at every collective and take
-# more than twice as long. Everything else shares them.
+# A world of ranks fills the cores by itself; everything else shares them.
 test: env system triton-interpreter  ## unit, distributed, end-to-end and Slurm tests on CPU
 	$(PY) -m pytest tests/distributed; worlds=$$?; \
 	$(PY) -m pytest -n 2 --ignore tests/distributed tests && exit $$worlds

@@ -194,8 +194,8 @@ def _exponentiate_(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, to
 
 
 _CACHED_ELEMENTS = 1 << 18
-"""float32 values of the rows that a CPU core exponentiates in one go: 1 MiB stays in its caches, and calls
-for single rows of a large vocabulary would cost 3 % of the head."""
+"""float32 values of the rows that a CPU core exponentiates in one go: 1 MiB stays in its caches, and
+single rows of a large vocabulary would mean many more calls."""
 
 
 def _exponentiate_rows_(logits: torch.Tensor) -> torch.Tensor:
