@@ -67,6 +67,8 @@ def main() -> int:
     arguments.add_argument("--prepare", nargs="+", metavar="MODEL", help="train these, in this process")
     arguments.add_argument("--dry-run", action="store_true", help="print what would be run")
     args = arguments.parse_args()
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs} runs nothing; give 1 or more, at most the cores of the machine")
     seeds = range(1 if args.quick else args.seeds)
     if args.prepare:
         return prepare(args.prepare)
