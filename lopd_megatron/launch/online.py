@@ -80,8 +80,16 @@ class OnlineRollouts(Hook):
     `online.sync_documents`.
     """
 
-    def __init__(self, config: RunConfig, prompts: Sequence[Prompt], engines: Engines | None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        prompts: Sequence[Prompt],
+        engines: Engines | None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.config = config
+        self._clock = clock
         self.prompts = prompts
         self.engines = engines
         self.seconds = {"generate": 0.0, "score": 0.0, "sync": 0.0}
@@ -134,12 +142,12 @@ class OnlineRollouts(Hook):
         """Sample and score. Seeds name prompt, sample and step: a lost request is repeated exactly."""
         assert self.engines is not None
         requests = self._requests(consumed)
-        start = time.monotonic()
+        start = self._clock()
         rollouts = self.engines.student.generate(requests, self.engines.sampling)
-        sampled = time.monotonic()
+        sampled = self._clock()
         scores = score(self.engines.teacher, requests, rollouts, self.config.loss.topk)
         self.seconds["generate"] += sampled - start
-        self.seconds["score"] += time.monotonic() - sampled
+        self.seconds["score"] += self._clock() - sampled
         return documents_of(requests, rollouts, scores)
 
     def _requests(self, consumed: int) -> list[GenerationRequest]:
@@ -156,7 +164,7 @@ class OnlineRollouts(Hook):
 
     def _sync(self, trainer: Trainer) -> None:
         """Bring the weights to the student server and prove it: both engines must score tokens alike."""
-        start = time.monotonic()
+        start = self._clock()
         folder = self.config.paths.online_weights
         parameters_are_current(trainer)
         chunks = [chunk.module for chunk in trainer.model]
@@ -164,7 +172,7 @@ class OnlineRollouts(Hook):
         version = f"iteration {trainer.iteration}"
         probe = self._from_rank_0(lambda: self._scored_probe(str(folder.resolve()), version))
         difference = self._difference(trainer, probe)
-        self.seconds["sync"] += time.monotonic() - start
+        self.seconds["sync"] += self._clock() - start
         tolerance = self.config.online.sync_tolerance
         if trainer.topology.rank == 0:
             self._note(trainer.iteration, difference)

@@ -2,6 +2,7 @@
 
 On a small task starting processes costs more than the work they do. The parts are those of the pipeline
 (vLLM, datasets on disk, Megatron-Core, the loop and its hooks); only the programs around them are missing.
+Seconds are CPU seconds of the process, which has one thread: other work on the machine does not add to them.
 """
 
 from __future__ import annotations
@@ -130,19 +131,19 @@ class Workbench:
             return {}
         for model in (teacher or generator, generator):  # starting an engine is not what a rollout costs
             self.engine(model)
-        start = time.monotonic()
+        start = time.process_time()
         requests, rollouts = self.rollouts(generator, prompts, seed=seed, samples=samples)
-        sampled = time.monotonic()
+        sampled = time.process_time()
         if teacher is None:
             scores = [Score(r.key, r.logprobs, *_no_topk(len(r.logprobs))) for r in rollouts]
         else:
             scores = score(LocalModel(self, teacher), requests, rollouts, topk)
-        scored = time.monotonic()
+        scored = time.process_time()
         documents = documents_of(requests, rollouts, scores)
         if teacher is None:
             documents = [dataclasses.replace(d, teacher_logprobs=None) for d in documents]
         write_dataset(prefix, documents)
-        return {"rollouts": sampled - start, "score": scored - sampled, "build": time.monotonic() - scored}
+        return {"rollouts": sampled - start, "score": scored - sampled, "build": time.process_time() - scored}
 
     def online(self, config: RunConfig, prompts: Sequence[Prompt]) -> OnlineRollouts:
         """The batches of standard OPD from this bench's engines."""
@@ -150,7 +151,10 @@ class Workbench:
             self.engine(model)
         student, teacher = LocalModel(self, config.model.student), LocalModel(self, config.model.teacher)
         return OnlineRollouts(
-            config, prompts, Engines(student, teacher, self.sampling(config.model.student, 1.0))
+            config,
+            prompts,
+            Engines(student, teacher, self.sampling(config.model.student, 1.0)),
+            clock=time.process_time,
         )
 
     def accuracy(
@@ -202,7 +206,7 @@ def train(config: RunConfig, *, hooks: Sequence[Hook] = (), batches: BatchSource
 
 
 class Curve(Hook):
-    """What `measure` says of the exported weights after some iterations, with the wall time spent before.
+    """What `measure` says of the exported weights after some iterations, with the CPU seconds spent before.
 
     `spent` are the seconds before training began; measuring itself is not counted.
     """
@@ -219,10 +223,10 @@ class Curve(Hook):
         """Seconds of training, measuring not counted."""
 
     def on_start(self, trainer: Trainer) -> None:
-        self._since = time.monotonic()
+        self._since = time.process_time()
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        self.total += time.monotonic() - self._since
+        self.total += time.process_time() - self._since
         if trainer.iteration in self._iterations:
             folder = trainer.config.paths.run_dir / "curve"
             export(trainer, folder)
@@ -230,7 +234,7 @@ class Curve(Hook):
             self.points.append(
                 {"iteration": trainer.iteration, "seconds": spent, **self._measure(str(folder))}
             )
-        self._since = time.monotonic()
+        self._since = time.process_time()
 
 
 def export(trainer: Trainer, folder: Path) -> None:
