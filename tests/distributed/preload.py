@@ -1,6 +1,8 @@
 """Imported once by the fork server of `world.py`: what ranks import, or each of some two hundred would."""
 
 # ruff: noqa: E402, F401
+import gc
+
 from lopd_megatron.parallel import prepare_megatron
 
 prepare_megatron()
@@ -19,3 +21,7 @@ import lopd_megatron.model.weights
 import lopd_megatron.train.loop
 import lopd_megatron.train.setup
 import tests.distributed.tiny_run
+
+# A collection in a rank would look at all of these objects, and so copy every page shared with the server.
+gc.collect()
+gc.freeze()

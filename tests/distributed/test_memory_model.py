@@ -18,14 +18,14 @@ from lopd_megatron.parallel import topology as grid
 from lopd_megatron.parallel.vocab import VocabRange
 from tests.distributed.world import run_world
 
-TOKENS = 512
-DENSE = {
+TOKENS = 256
+DENSE: dict[str, Any] = {
     "model_type": "qwen3",
-    "vocab_size": 4096,
-    "hidden_size": 256,
-    "intermediate_size": 768,
+    "vocab_size": 2048,
+    "hidden_size": 128,
+    "intermediate_size": 384,
     "num_hidden_layers": 4,
-    "num_attention_heads": 8,
+    "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
     "rms_norm_eps": 1e-6,
@@ -37,14 +37,14 @@ MOE = DENSE | {
     "model_type": "qwen3_moe",
     "num_experts": 8,
     "num_experts_per_tok": 2,
-    "moe_intermediate_size": 192,
+    "moe_intermediate_size": 96,
     "norm_topk_prob": True,
 }
 CASES: dict[str, tuple[dict, dict[str, Any]]] = {
     "fp32": (DENSE, {"train.precision": "fp32"}),
     "bf16": (DENSE, {}),
     "tied llama": (DENSE | {"model_type": "llama", "tie_word_embeddings": True}, {}),
-    "large head chunk": (DENSE, {"loss.head_chunk_tokens": 512}),
+    "large head chunk": (DENSE, {"loss.head_chunk_tokens": 256}),
     "full recompute": (DENSE, {"train.recompute_granularity": "full"}),
     "full recompute by two": (
         DENSE,
@@ -95,7 +95,7 @@ class PeakBytes(TorchDispatchMode):
 def settings(changes: dict[str, Any]) -> RunConfig:
     config = RunConfig()
     config.data.seq_length = TOKENS
-    config.loss.head_chunk_tokens = 128
+    config.loss.head_chunk_tokens = 64
     for key, value in changes.items():
         section, _, field = key.partition(".")
         setattr(getattr(config, section), field, value)
@@ -124,13 +124,15 @@ def measure(hf: dict, changes: dict[str, Any]) -> tuple[float, float]:
             parameter.normal_(std=0.02)
     (model,) = wrap_model([chunk], spec, config)
     optimizer, _ = build_optimizer([model], spec, config)
-    batch = pack_documents([torch.randint(0, 4096, (TOKENS // 4,)) for _ in range(4)], topology)
+    batch = pack_documents(
+        [torch.randint(0, DENSE["vocab_size"], (TOKENS // 4,)) for _ in range(4)], topology
+    )
     vocab = VocabRange.of(
         spec.vocab_size, spec.padded_vocab_size, topology.tp_group if topology.tp_size > 1 else None
     )
     rows = HeadRows(
         torch.arange(TOKENS),
-        torch.randint(0, 4096, (TOKENS, 1)),
+        torch.randint(0, DENSE["vocab_size"], (TOKENS, 1)),
         torch.ones(TOKENS, dtype=torch.float64),
         next_token_loss,
     )

@@ -1,6 +1,7 @@
 """The whole pipeline on its real parts, small: every program of the demo with few steps and few prompts."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from lopd_megatron.config import RunConfig
 from recipes import tiny
 
 ROOT = {root!r}
-ITERS = {{"teacher": 60, "base": 60, "sft": 4, "lightning_opd": 12}}
+ITERS = {{"teacher": 60, "sft": 4}}
 
 def _small(config: RunConfig) -> RunConfig:
     config.train.train_iters = ITERS.get(config.name, 1)
@@ -32,14 +33,8 @@ def _small(config: RunConfig) -> RunConfig:
 def teacher() -> RunConfig:
     return _small(tiny.teacher(ROOT))
 
-def base() -> RunConfig:
-    return _small(tiny.base(ROOT))
-
 def sft() -> RunConfig:
     return _small(tiny.sft(ROOT))
-
-def lightning_opd() -> RunConfig:
-    return _small(tiny.lightning_opd(ROOT))
 """
 
 
@@ -51,14 +46,36 @@ def run(*command: str) -> str:
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished small pipeline."""
+    """The folder of a finished small pipeline, whose base student is a random model.
+
+    A shell runs the first two recipes, NeMo-Run's local executor the last, by NeMo-Run's own command line,
+    where every recipe is a factory; two workers take turns to roll out.
+    """
     root = tmp_path_factory.mktemp("pipeline")
-    sizes = ["--teacher-samples=2000", "--base-samples=2000", "--sft-prompts=64", "--opd-prompts=200"]
+    sizes = ["--teacher-samples=2000", "--base-samples=64", "--sft-prompts=64", "--opd-prompts=200"]
     run(sys.executable, "tools/make_tiny_task.py", "--output", f"{root}/task", "--problems=64", *sizes)
+    shutil.copytree(root / "task/student_init", root / "base/hf")
     (root / "recipes.py").write_text(RECIPES.format(root=str(root)))
-    names = ("teacher", "base", "sft", "lightning_opd")
-    recipes = [argument for name in names for argument in ("--recipe", f"{root}/recipes.py:{name}")]
+    recipes = [
+        argument for name in ("teacher", "sft") for argument in ("--recipe", f"{root}/recipes.py:{name}")
+    ]
     run(sys.executable, "-m", "lopd_megatron.launch", *recipes)
+
+    task = root / "task"
+    overrides = [
+        f"run_dir={root}/lightning_opd",
+        f"model.student={root}/sft/hf",
+        f"model.teacher={root}/teacher/hf",
+        f"prompts.input=[{task}/prompts/opd.jsonl]",
+        f"prompts.contamination_files=[{task}/problems/valid.jsonl,{task}/problems/test.jsonl]",
+        f"evaluation.input=[{task}/problems/test.jsonl]",
+        "prompts.num_shards=2",
+        "launch.stages.rollouts.array=2",
+        "train.train_iters=12",
+        "train.log_interval=1",
+    ]
+    factory = ["lopd_megatron.launch.nemo_run", "--factory", "tiny_lightning_opd", "--yes"]
+    run(sys.executable, "-m", *factory, f"overrides={' '.join(overrides)}")
     return root
 
 
@@ -87,13 +104,16 @@ def test_the_first_reverse_kl_is_that_of_the_files(pipeline: Path) -> None:
 
 def test_every_stage_left_its_files(pipeline: Path) -> None:
     opd = pipeline / "lightning_opd"
-    rollouts = pq.read_table(opd / "rollouts" / "shard-00000.parquet").to_pylist()
-    scored = pq.read_table(opd / "scored" / "shard-00000.parquet").to_pylist()
+    rollouts, scored = (
+        [row for i in (0, 1) for row in pq.read_table(opd / part / f"shard-0000{i}.parquet").to_pylist()]
+        for part in ("rollouts", "scored")
+    )
     assert len(rollouts) == 200
     for before, after in zip(rollouts, scored, strict=True):
         assert before["response_tokens"] == after["response_tokens"]
         assert len(after["teacher_logprobs"]) == len(after["response_tokens"]) > 0
         assert (before["finish_reason"] == "stop") == (before["response_tokens"][-1] == 2)  # <eos> is kept
+    assert (opd / "logs/nemorun/experiments").exists()  # and not in the home folder
     manifest = json.loads((opd / "dataset" / "train.manifest.json").read_text())
     assert manifest["lineage"]
     evaluation = json.loads((opd / "evaluation" / "lightning_opd.json").read_text())
@@ -122,10 +142,16 @@ def test_logits_of_the_export_equal_megatron(pipeline: Path) -> None:
 
 
 def test_a_second_run_does_nothing(pipeline: Path) -> None:
-    """Every program of the chain sees that its output is there, and says so."""
-    files = {p: p.stat().st_mtime_ns for p in (pipeline / "sft").rglob("*.safetensors")}
+    """Every program of the chain sees that its output is there, and writes none of it again."""
+    products = ("*.safetensors", "*.parquet", "*.bin", "*.json", "*.distcp")
+
+    def written() -> dict[Path, int]:
+        return {p: p.stat().st_mtime_ns for name in products for p in (pipeline / "sft").rglob(name)}
+
+    before = written()
+    assert len(before) > 5
     run(sys.executable, "-m", "lopd_megatron.launch", "--recipe", f"{pipeline}/recipes.py:sft")
-    assert files == {p: p.stat().st_mtime_ns for p in (pipeline / "sft").rglob("*.safetensors")}
+    assert written() == before
 
 
 def test_the_demo_is_made_of_the_same_recipes() -> None:
