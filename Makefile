@@ -49,7 +49,7 @@ $(VENV)/triton-interpreter: | env
 # A world of ranks fills the cores by itself; everything else shares them.
 test: env system triton-interpreter  ## unit, distributed, end-to-end and Slurm tests on CPU
 	$(PY) -m pytest tests/distributed; worlds=$$?; \
-	$(PY) -m pytest -n 2 --ignore tests/distributed tests && exit $$worlds
+	$(PY) -m pytest -n 3 --ignore tests/distributed tests && exit $$worlds
 
 check: env  ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -1,7 +1,8 @@
 """How `make test` spreads all but tests/distributed over its processes: whole files, what takes long first.
 
 A file stays in one process, which builds its fixtures once. tests/slurm stays together, because its files
-share one Slurm and one chain of jobs. Short files come last and fill the end.
+share one Slurm and one chain of jobs; only NeMo-Run's, as long as the rest of them, has a Slurm of its own.
+Short files come last and fill the end.
 """
 
 from __future__ import annotations
@@ -10,11 +11,18 @@ from typing import Any
 
 import pytest
 
-SLOW_FOLDERS = ("tests/slurm/", "tests/e2e/")
+SLOW_FIRST = (
+    "tests/slurm/test_pipeline.py",
+    "tests/e2e/test_pipeline.py",
+    "tests/e2e/test_online.py",
+    "tests/slurm/test_nemo_run.py",
+    "tests/slurm/",
+    "tests/e2e/",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: [not item.nodeid.startswith(folder) for folder in SLOW_FOLDERS])
+    items.sort(key=lambda item: [not item.nodeid.startswith(path) for path in SLOW_FIRST])
 
 
 @pytest.hookimpl(optionalhook=True)  # plain pytest has no pytest-xdist to ask
@@ -23,7 +31,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class WholeFiles(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "tests/slurm" if nodeid.startswith("tests/slurm/") else nodeid.partition("::")[0]
+            file = nodeid.partition("::")[0]
+            alone = not file.startswith("tests/slurm/") or file.endswith("test_nemo_run.py")
+            return file if alone else "tests/slurm"
 
     config.option.loadscopereorder = False  # or the files with most tests come first, which are short
     return WholeFiles(config, log)

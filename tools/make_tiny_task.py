@@ -23,6 +23,7 @@ import numpy as np
 from lopd_megatron.data.build import Document, write_dataset
 from lopd_megatron.errors import run_program
 from lopd_megatron.files import atomic_path, write_json
+from lopd_megatron.imports import quick_imports
 from lopd_megatron.progress import say
 from recipes import tiny_task as task
 
@@ -107,8 +108,9 @@ def write_problems(path: Path, problems: task.Problems, split: str) -> None:
 
 def save_random_model(folder: Path, shape: dict[str, int], seed: int) -> None:
     """A Qwen3 model with random fp32 weights, and the tokenizer."""
-    import torch
-    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+    with quick_imports():
+        import torch
+        from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(seed)
     eos = task.VOCABULARY.index("<eos>")

@@ -146,7 +146,7 @@ SFT takes {sft.train.train_iters} iterations, distillation {opd.train.train_iter
 ({opd.optimizer.lr_decay_style}), advantage clip {opd.loss.advantage_clip}. `standard` samples and scores anew
 at every iteration, `lightning` once. Accuracy is that on held-out test problems; curves and choices use
 validation problems. Values are means over seeds ± the half width of the 95 % interval (Student's t). Seconds
-are CPU seconds of a process with one thread (those of the first cells, `core`: wall time with a core each)."""
+are CPU seconds of a process with one thread; those of `core`, the first, are wall time on a core each."""
 
 
 def prepare(names: list[str]) -> int:

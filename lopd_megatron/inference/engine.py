@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from lopd_megatron.config import EngineConfig
+from lopd_megatron.imports import quick_imports
 from lopd_megatron.inference.outputs import BadAnswer, read_generation, read_native, read_stock, read_tensors
 from lopd_megatron.inference.requests import (
     EngineLost,
@@ -62,7 +63,7 @@ _closed_in_process: list[Any] = []
 class VllmEngine:
     """An engine for one Hugging Face folder. See `requests.Engine` for the contract of the streams.
 
-    Starts in about 8 CPU-seconds on a CPU (6 of them imports). UserError where the model does not fit.
+    Starts in about 11 CPU-seconds on a CPU (9 of them imports). UserError where the model does not fit.
     `task` decides what the CPU build cannot do at once: "generate" needs whole prefills for its seeds,
     "score" wants prefills in chunks of `max_num_batched_tokens`, which bound the memory of the scores.
     Documents of exactly `config.max_model_len` tokens can be scored.
@@ -91,7 +92,8 @@ class VllmEngine:
         self.dtype = config.dtype if config.dtype != "auto" else ("float32" if on_cpu else "bfloat16")
         with warnings.catch_warnings():  # of torch, about vLLM's scan of all modules
             warnings.simplefilter("ignore", FutureWarning)
-            from vllm import EngineArgs, LLMEngine
+            with quick_imports():
+                from vllm import EngineArgs, LLMEngine
 
             arguments = _arguments(self.shape, config, self.dtype, task, on_cpu)
             self._engine = LLMEngine.from_engine_args(

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 
+from lopd_megatron.imports import quick_imports
+
 
 @functools.cache
 def prepare_megatron() -> None:
@@ -14,7 +16,8 @@ def prepare_megatron() -> None:
 
     Patches the process; a second call does nothing.
     """
-    from lopd_megatron.parallel import cpu, fixes
+    with quick_imports():
+        from lopd_megatron.parallel import cpu, fixes
 
-    cpu.install()
-    fixes.install()
+        cpu.install()
+        fixes.install()

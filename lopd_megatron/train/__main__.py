@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from lopd_megatron import cli
 from lopd_megatron.errors import UserError
+from lopd_megatron.imports import quick_imports
 from lopd_megatron.train.abort import run_rank
 from lopd_megatron.train.launched import launch_rank
 
@@ -28,7 +29,8 @@ def main() -> int:
     from lopd_megatron.parallel import prepare_megatron
 
     prepare_megatron()
-    from lopd_megatron.train.loop import run
+    with quick_imports():
+        from lopd_megatron.train.loop import run
 
     return run(config)
 

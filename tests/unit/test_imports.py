@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "files", "progress", "config", "cli", "records", "lineage", "__init__"),
+    ("errors", "files", "imports", "progress", "config", "cli", "records", "lineage", "__init__"),
     ("loss", "parallel"),
     ("data", "model"),
     ("inference", "train", "effopd", "analysis"),
