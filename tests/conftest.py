@@ -1,8 +1,8 @@
-"""How `make test` spreads all but tests/distributed over its processes: whole files, what takes long first.
+"""How `make test` spreads the tests over its processes: whole files, what takes long first.
 
-A file stays in one process, which builds its fixtures once. tests/slurm stays together, because its files
-share one Slurm and one chain of jobs; only NeMo-Run's, as long as the rest of them, has a Slurm of its own.
-Short files come last and fill the end.
+A file stays in one process, which builds its fixtures once. tests/distributed stays together, so that no two
+worlds of ranks run at once; so does tests/slurm, whose files share one Slurm and one chain of jobs, but for
+NeMo-Run's, which is as long as the rest and has a Slurm of its own. Short files come last and fill the end.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 
+NEMO_RUN = "tests/slurm/test_nemo_run.py"
 SLOW_FIRST = (
+    "tests/distributed/",
     "tests/slurm/test_pipeline.py",
     "tests/e2e/test_pipeline.py",
     "tests/e2e/test_online.py",
-    "tests/slurm/test_nemo_run.py",
+    NEMO_RUN,
     "tests/slurm/",
     "tests/e2e/",
 )
@@ -43,8 +45,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class WholeFiles(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            alone = not file.startswith("tests/slurm/") or file.endswith("test_nemo_run.py")
-            return file if alone else "tests/slurm"
+            folder = file.rpartition("/")[0]
+            together = folder in ("tests/distributed", "tests/slurm") and file != NEMO_RUN
+            return folder if together else file
 
     config.option.loadscopereorder = False  # or the files with most tests come first, which are short
     return WholeFiles(config, log)

@@ -97,7 +97,8 @@ def _share_gloo_devices() -> None:
     """All gloo groups of a process use one device for each interface.
 
     torch gives each group its own, whose thread wakes a hundred times a second and never ends: of the groups
-    of one Megatron-Core layout that is a seventh of a rank's time, and a process that builds many slows down.
+    of one Megatron-Core layout that is a sixth of a small world's time, and a process that builds many slows
+    down.
     """
     gloo: Any = torch.distributed.ProcessGroupGloo
     stock = gloo.__init__

@@ -1,6 +1,7 @@
 """The launcher of test worlds itself."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,3 +51,17 @@ def test_a_failing_rank_ends_the_world_with_its_traceback() -> None:
         run_world(one_rank_dies, 2)
     with pytest.raises(RankError, match="within 2 s"):
         run_world(never_ends, 2, timeout_s=2)
+
+
+def threads_of_gloo_devices() -> int:
+    """After five more groups, used once each."""
+    for _ in range(5):
+        dist.all_reduce(torch.ones(1), group=dist.new_group())
+    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    return names.count("gloo_tcp_loop")
+
+
+@pytest.mark.dist
+def test_groups_share_a_gloo_device() -> None:
+    """A thread of each group would wake a hundred times a second for the rest of the process."""
+    assert run_world(threads_of_gloo_devices, 2) == [1, 1]
