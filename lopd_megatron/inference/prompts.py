@@ -15,6 +15,7 @@ import pyarrow as pa
 from lopd_megatron.config import PromptsConfig, RunConfig
 from lopd_megatron.errors import UserError
 from lopd_megatron.files import sha256_file, write_json
+from lopd_megatron.imports import quick_imports
 from lopd_megatron.inference import shards
 from lopd_megatron.inference.sources import Messages, read_rows
 from lopd_megatron.lineage import Lineage, tokenizer_fingerprint
@@ -23,7 +24,8 @@ from lopd_megatron.records import PROMPT_SCHEMA
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
-    from transformers import AutoTokenizer
+    with quick_imports():
+        from transformers import AutoTokenizer
 
     if not Path(model).is_dir():
         raise UserError(f"model folder {model!r} does not exist; set model.student to a Hugging Face folder")

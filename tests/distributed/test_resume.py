@@ -35,7 +35,8 @@ def same_layout(inputs: str, folder: str, cases: dict[str, dict[str, Any]]) -> N
     for name, settings in cases.items():
         for precision in ("fp32", "bf16"):
             run_dir = Path(folder) / f"{dist.get_world_size()} {name} {precision}"
-            config = tiny_config(Path(inputs), run_dir, train__precision=precision, **settings)
+            batch = {"train__global_batch_size": 2 * dist.get_world_size()}
+            config = tiny_config(Path(inputs), run_dir, train__precision=precision, **batch, **settings)
             straight = tiny_trainer(config)
             advance(straight, 3)
             straight.checkpoints.save(straight)
