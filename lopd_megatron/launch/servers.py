@@ -90,8 +90,8 @@ class VllmServer:
         environment = os.environ | QUIET_ENVIRONMENT | {"VLLM_SERVER_DEV_MODE": "1"}
         if not torch.cuda.is_available():
             # Without a size vLLM takes most of the memory of the host, in GiB.
+            # VLLM_ENABLE_V1_MULTIPROCESSING=0 keeps its one worker in the process of the engine's core.
             environment |= CPU_ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": "1"}
-            environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)  # the server has no other way
         if self.devices:
             environment["CUDA_VISIBLE_DEVICES"] = self.devices
         with self.log.open("ab") as log:
