@@ -22,21 +22,11 @@ RECIPES = """
 from lopd_megatron.config import RunConfig
 from recipes import tiny
 
-ROOT = {root!r}
-ITERS = {{"teacher": 60, "sft": 4}}
-
-def _small(config: RunConfig) -> RunConfig:
-    config.train.train_iters = ITERS.get(config.name, 1)
+def sft() -> RunConfig:
+    config = tiny.sft({root!r})
+    config.train.train_iters = 4
     config.train.log_interval = 1
     return config
-
-def teacher() -> RunConfig:
-    config = _small(tiny.teacher(ROOT))
-    config.evaluation.input = []
-    return config
-
-def sft() -> RunConfig:
-    return _small(tiny.sft(ROOT))
 """
 
 
@@ -48,20 +38,18 @@ def run(*command: str) -> str:
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished small pipeline, whose base student is a random model.
+    """The folder of a finished small pipeline, whose teacher and base student are random models.
 
-    A shell runs the first two recipes, NeMo-Run's local executor the last, by NeMo-Run's own command line,
-    where every recipe is a factory; two workers take turns to roll out.
+    A shell runs SFT, NeMo-Run's local executor the distillation, by NeMo-Run's own command line, where every
+    recipe is a factory; two workers take turns to roll out.
     """
     root = tmp_path_factory.mktemp("pipeline")
-    sizes = ["--teacher-samples=2000", "--base-samples=64", "--sft-prompts=64", "--opd-prompts=200"]
+    sizes = ["--teacher-samples=64", "--base-samples=64", "--sft-prompts=64", "--opd-prompts=200"]
     run(sys.executable, "tools/make_tiny_task.py", "--output", f"{root}/task", "--problems=64", *sizes)
-    shutil.copytree(root / "task/student_init", root / "base/hf")
+    for name, source in (("teacher", "teacher_init"), ("base", "student_init")):
+        shutil.copytree(root / "task" / source, root / name / "hf")
     (root / "recipes.py").write_text(RECIPES.format(root=str(root)))
-    recipes = [
-        argument for name in ("teacher", "sft") for argument in ("--recipe", f"{root}/recipes.py:{name}")
-    ]
-    run(sys.executable, "-m", "lopd_megatron.launch", *recipes)
+    run(sys.executable, "-m", "lopd_megatron.launch", "--recipe", f"{root}/recipes.py:sft")
 
     task = root / "task"
     overrides = [
