@@ -7,11 +7,12 @@ NeMo-Run's, which is as long as the rest and has a Slurm of its own. Short files
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import pytest
+
+from lopd_megatron.imports import quick_imports
 
 NEMO_RUN = "tests/slurm/test_nemo_run.py"
 SLOW_FIRST = (
@@ -30,12 +31,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Iterator[None]:
-    """What the tests import stays: the collector need not look at it, now or later."""
-    gc.disable()
-    yield
-    gc.freeze()
-    gc.enable()
+def pytest_collection() -> Generator[None, Any, Any]:
+    """All test modules are imported here, and with them torch, transformers and Megatron-Core."""
+    with quick_imports():
+        return (yield)
 
 
 @pytest.hookimpl(optionalhook=True)  # plain pytest has no pytest-xdist to ask

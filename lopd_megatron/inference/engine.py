@@ -63,7 +63,7 @@ _closed_in_process: list[Any] = []
 class VllmEngine:
     """An engine for one Hugging Face folder. See `requests.Engine` for the contract of the streams.
 
-    Starts in about 11 CPU-seconds on a CPU (9 of them imports). UserError where the model does not fit.
+    Starts in about 11 CPU-seconds on a CPU, most of them imports. UserError where the model does not fit.
     `task` decides what the CPU build cannot do at once: "generate" needs whole prefills for its seeds,
     "score" wants prefills in chunks of `max_num_batched_tokens`, which bound the memory of the scores.
     Documents of exactly `config.max_model_len` tokens can be scored.

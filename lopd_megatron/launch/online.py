@@ -93,7 +93,7 @@ class OnlineRollouts(Hook):
         self.prompts = prompts
         self.engines = engines
         self.seconds = {"generate": 0.0, "score": 0.0, "sync": 0.0}
-        """Spent on rank 0 in each part; with overlap the first two run beside the training."""
+        """Of `clock`, spent on rank 0 in each part; with overlap the first two run beside the training."""
         self._group: dist.ProcessGroup | None = None
         self._order = Order(len(prompts), config.train.seed)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="rollouts")

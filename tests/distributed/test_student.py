@@ -60,7 +60,7 @@ def packed(topology: grid.Topology) -> tuple[MicroBatch, torch.Tensor]:
     mine = torch.cat(
         [
             start + zigzag_positions(length, topology.cp_size, topology.cp_rank, torch.device("cpu"))
-            for start, length in zip(starts, LENGTHS, strict=False)
+            for start, length in zip(starts[:-1], LENGTHS, strict=True)
         ]
     )
     assert whole.tokens is not None

@@ -8,7 +8,6 @@ stage was killed, and whether the shards are those of an undisturbed run.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from lopd_megatron.config import EngineConfig, RunConfig
+from lopd_megatron.imports import quick_imports
 from lopd_megatron.inference import stages
 from lopd_megatron.inference.engine import CPU_ENVIRONMENT, QUIET_ENVIRONMENT
 from lopd_megatron.inference.prompts import run_prompts
@@ -55,11 +55,9 @@ def main(root: Path, kills: dict[str, int]) -> None:
     for config in runs.values():
         run_prompts(config)
     os.environ |= CPU_ENVIRONMENT | QUIET_ENVIRONMENT
-    # What an engine imports when it starts, or each fork below would pay for it.
-    import vllm.model_executor.models.qwen3
-    import vllm.v1.worker.cpu_worker  # noqa: F401
-
-    gc.freeze()  # an engine collects garbage several times when it starts, among a million objects of vLLM
+    with quick_imports():  # what an engine imports when it starts, or each fork below would pay for it
+        import vllm.model_executor.models.qwen3
+        import vllm.v1.worker.cpu_worker  # noqa: F401
     done, killed = 0, dict.fromkeys(STAGES, 0)
     for name, stage in STAGES.items():
         _wait(_fork(lambda stage=stage: stage(runs["undisturbed"], stages.Share())))  # type: ignore[misc]
