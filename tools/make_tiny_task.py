@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from lopd_megatron.data.build import Document, write_dataset
-from lopd_megatron.errors import run_program
+from lopd_megatron.errors import UserError, run_program
 from lopd_megatron.files import atomic_path, write_json
 from lopd_megatron.imports import quick_imports
 from lopd_megatron.progress import say
@@ -57,6 +57,8 @@ def main() -> int:
     if done.exists() and json.loads(done.read_text()) == settings:
         say(f"tiny task: {args.output} is already made")
         return 0
+    if file := next((path for path in (args.output, *args.output.parents) if path.is_file()), None):
+        raise UserError(f"--output {args.output}: {file} is a file; give a folder that is new or this task's")
     make(args)
     write_json(done, settings)
     return 0

@@ -18,6 +18,7 @@ import torch
 from lopd_megatron.config import EngineConfig
 from lopd_megatron.errors import UserError
 from lopd_megatron.inference.engine import CPU_ENVIRONMENT, QUIET_ENVIRONMENT
+from lopd_megatron.inference.sizes import read_shape
 from lopd_megatron.progress import say
 
 START_S = 1800.0
@@ -74,6 +75,7 @@ class VllmServer:
         port: int | None = None,
     ) -> None:
         """`devices`: its CUDA_VISIBLE_DEVICES; only a host without GPUs goes without."""
+        read_shape(model)  # a folder that is no model is refused before any process starts
         self.name, self.log, self.devices = name, log, devices
         self.port = port if port is not None else free_port()
         self.url = f"http://127.0.0.1:{self.port}"

@@ -10,9 +10,10 @@ import pyarrow as pa
 import pytest
 from safetensors.numpy import save_file
 
-from lopd_megatron.config import RunConfig
+from lopd_megatron.config import EngineConfig, RunConfig
 from lopd_megatron.errors import UserError
 from lopd_megatron.inference import shards
+from lopd_megatron.launch.servers import VllmServer
 from lopd_megatron.launch.train_online import check_online_inputs, read_prompts, sampling
 from lopd_megatron.lineage import Lineage, model_fingerprint, write_model_lineage
 from lopd_megatron.records import PROMPT_SCHEMA
@@ -77,3 +78,8 @@ def test_only_one_temperature_is_right(config: RunConfig) -> None:
     config.rollout.temperature = 0.8
     with pytest.raises(UserError, match=r"rollout.temperature=0.8"):
         sampling(config)
+
+
+def test_a_server_of_no_model_is_refused_before_a_process_starts(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        VllmServer("teacher", str(tmp_path / "nowhere"), EngineConfig(), tmp_path / "log")
