@@ -116,6 +116,16 @@ def test_a_kept_result_is_not_made_again_and_a_stale_one_is(tool: Any) -> None:
     assert [r["cell"] for r in tool.read_kept(tool.RESULTS) if tool.is_current(r)] == names[1:]
 
 
+def test_a_quick_study_runs_here_what_was_kept_from_another_machine(tool: Any) -> None:
+    study = Study(0)
+    recipes = study.recipes()
+    kept = {name: {"0": {"cell": name, "seed": 0, "recipe": recipe}} for name, recipe in recipes.items()}
+    write_json(tool.RESULTS, {"cells": kept})
+    assert tool.to_run(study, argparse.Namespace(groups=list(tool.GROUPS), quick=False)) == []
+    quick = tool.to_run(study, argparse.Namespace(groups=list(tool.GROUPS), quick=True))
+    assert {cell.name for cell in quick} == set(tool.QUICK_CELLS)
+
+
 def test_settings_of_every_model_behind_a_cell_are_part_of_its_recipe(
     tool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
