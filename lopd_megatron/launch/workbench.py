@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -53,7 +54,11 @@ class Problem:
 
 
 class LocalModel:
-    """One model of the workbench with the interface of a server."""
+    """One model of the workbench with the interface of a server.
+
+    A call has the bench to itself: rollouts made ahead in another thread share the engine with whatever
+    measures meanwhile, and each of the two wants its own weights in it.
+    """
 
     def __init__(self, bench: Workbench, folder: str) -> None:
         self.bench = bench
@@ -61,13 +66,16 @@ class LocalModel:
 
     def reload(self, folder: str, version: str) -> None:
         self.folder = folder
-        self.bench.engine(folder)
+        with self.bench.lock:
+            self.bench.engine(folder)
 
     def generate(self, requests: Iterable[GenerationRequest], sampling: Sampling) -> list[Generation]:
-        return _in_order(self.bench.engine(self.folder).generate(requests, sampling))
+        with self.bench.lock:
+            return _in_order(self.bench.engine(self.folder).generate(requests, sampling))
 
     def score(self, requests: Iterable[ScoreRequest], *, topk: int) -> list[Score]:
-        return _in_order(self.bench.engine(self.folder).score(requests, topk=topk, path="flat"))
+        with self.bench.lock:
+            return _in_order(self.bench.engine(self.folder).score(requests, topk=topk, path="flat"))
 
 
 class Workbench:
@@ -77,6 +85,8 @@ class Workbench:
         self._config = config
         self._max_response_tokens = max_response_tokens
         self._engines: list[tuple[VllmEngine, Stamp]] = []
+        self.lock = threading.Lock()
+        """Held by a call from the choice of an engine to its last answer."""
 
     def engine(self, folder: str) -> VllmEngine:
         """An engine with the weights that are in `folder` now."""
@@ -154,7 +164,7 @@ class Workbench:
             config,
             prompts,
             Engines(student, teacher, self.sampling(config.model.student, 1.0)),
-            clock=time.process_time,
+            clock=time.thread_time,  # with overlap the training goes on in another thread
         )
 
     def accuracy(
@@ -208,7 +218,8 @@ def train(config: RunConfig, *, hooks: Sequence[Hook] = (), batches: BatchSource
 class Curve(Hook):
     """What `measure` says of the exported weights after some iterations, with the CPU seconds spent before.
 
-    `spent` are the seconds before training began; measuring itself is not counted.
+    `spent` are the seconds before training began. All threads of the process count, but for what measuring
+    takes in this one.
     """
 
     def __init__(
@@ -218,23 +229,24 @@ class Curve(Hook):
         self._iterations = set(iterations)
         self._measure = measure
         self._spent = spent
-
+        self._measuring = 0.0
         self.total = 0.0
         """Seconds of training, measuring not counted."""
 
     def on_start(self, trainer: Trainer) -> None:
-        self._since = time.process_time()
+        self._start = time.process_time()
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        self.total += time.process_time() - self._since
+        self.total = time.process_time() - self._start - self._measuring
         if trainer.iteration in self._iterations:
+            start = time.thread_time()
             folder = trainer.config.paths.run_dir / "curve"
             export(trainer, folder)
             spent = self._spent + self.total
             self.points.append(
                 {"iteration": trainer.iteration, "seconds": spent, **self._measure(str(folder))}
             )
-        self._since = time.process_time()
+            self._measuring += time.thread_time() - start
 
 
 def export(trainer: Trainer, folder: Path) -> None:
