@@ -111,13 +111,14 @@ def import_hf(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     from lopd_megatron.model.checkpoint_reader import CheckpointTensors, newest_checkpoint
-    from lopd_megatron.model.export import write_hf_folder
+    from lopd_megatron.model.export import check_output, write_hf_folder
 
     folder = newest_checkpoint(args.checkpoint)
     made_of, note = describe_export(folder, args.precision), args.output / "export.json"
     if args.overwrite and note.is_file() and json.loads(note.read_text()) == made_of:
         say(f"{args.output} is already the export of {folder}")
         return 0
+    check_output(args.output, args.hf, overwrite=args.overwrite)
     spec, _ = one_process(args.hf, "fp32")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[args.precision]
     description = folder / "checkpoint.json"

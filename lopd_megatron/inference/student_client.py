@@ -41,6 +41,7 @@ class ServerClient:
         self.weight_version = "default"
         """vLLM's name of the weights in the server; "default" before the first `reload`."""
         self.weights_folder = ""
+        self._said_away = False
 
     def wait_until_ready(self) -> None:
         """Block until the server answers; UserError after `patience_s`."""
@@ -162,11 +163,12 @@ class ServerClient:
                     f"(online.server_patience_s={self.patience_s:.0f}); start it on the same address and "
                     "start the run again: it goes on from its last checkpoint"
                 )
-            if not told and away > POLL_S:
+            if away > POLL_S and not self._said_away:
                 say(f"{self.name} at {self.url} does not answer; waiting for it")
-                told = True
+                told = self._said_away = True
             await asyncio.sleep(POLL_S)
-        if told:
+        if told:  # by this one of perhaps hundreds of requests that wait
+            self._said_away = False
             say(f"{self.name} at {self.url} is back after {time.monotonic() - start:.0f} s")
 
     async def _is_healthy(self, client: httpx.AsyncClient) -> bool:

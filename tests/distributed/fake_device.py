@@ -1,10 +1,11 @@
 """One training step of a wide student on a device that computes nothing and knows where every tensor lies.
 
-    python -m tests.distributed.fake_device [section.key=value ...]
+    python -m tests.distributed.fake_device
 
 torch's fake tensors on a made-up accelerator: an operation on tensors of two devices, a wrong dtype or shape
 raises as on a GPU, also in the backward. Whatever Megatron-Core sends to CUDA goes there, the CUDA branches
-of this package run, and the numbers are never looked at. Prints where the step read from the device.
+of this package run, and the numbers are never looked at. Prints where the step of each case read from the
+device.
 A process of its own, since all of torch is patched.
 """
 
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import traceback
 from collections import Counter
 from dataclasses import replace
@@ -27,6 +27,15 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 _setup_privateuseone_for_python_backend("npy")
 DEVICE = torch.device("npy", 0)
 LENGTHS = [3000, 1000, 96]
+CASES = {
+    "plain": [],
+    "precision-aware, recomputed, tied": [
+        "tied",
+        "optimizer.use_precision_aware_optimizer=true",
+        "train.recompute_granularity=full",
+        "loss.head_chunk_tokens=1000",
+    ],
+}
 reads: Counter[str] = Counter()
 
 
@@ -126,8 +135,11 @@ def to_device(self: torch.nn.Module, *, dtype: torch.dtype, device: torch.device
     return self
 
 
-def step(overrides: list[str]) -> None:
-    """Two layers of an 8B student, 4096 tokens in three documents: forward, backward, update."""
+def step(overrides: list[str]) -> dict[str, int]:
+    """Two layers of an 8B student, 4096 tokens in three documents: forward, backward, update.
+
+    Returns how often each place read from the device.
+    """
     import numpy as np
 
     from lopd_megatron.cli import apply_override
@@ -146,10 +158,11 @@ def step(overrides: list[str]) -> None:
     for override in overrides:
         if override != "tied":
             apply_override(config, *override.split("=", 1))
+    grid.destroy()
     topology = grid.initialize(config.parallel, seed=1)
     hf = (QWEN3_4B if tied else QWEN3_8B) | {"num_hidden_layers": 2}
     spec = student_spec(hf, config, attention="varlen")
-    batch = random_batch(LENGTHS, vocab_size=spec.vocab_size)
+    batch = random_batch(LENGTHS, vocab_size=64)  # nobody looks at the numbers
     batch = replace(batch, tokens=batch.labels)
     StudentModel.to = to_device  # type: ignore[method-assign]
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -179,10 +192,10 @@ def step(overrides: list[str]) -> None:
         optimizer.step()
         for parameter in model[0].parameters():
             assert parameter.device == parameter.main_grad.device == DEVICE
-    print(json.dumps(reads))
+    return dict(reads)
 
 
 if __name__ == "__main__":
     install()
     patch_kernels()
-    step(sys.argv[1:])
+    print(json.dumps({name: step(overrides) for name, overrides in CASES.items()}))

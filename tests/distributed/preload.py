@@ -14,6 +14,7 @@ with quick_imports():  # or a collection in a rank would copy every page that it
     import megatron.core.optimizer
     import megatron.core.pipeline_parallel
     import torch._dynamo  # by torch's optimizers, when they are built
+    import transformers.models.qwen3.modeling_qwen3
 
     import lopd_megatron.model.attention
     import lopd_megatron.model.student

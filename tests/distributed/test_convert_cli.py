@@ -1,4 +1,4 @@
-"""`tools/convert_checkpoint.py` as a user runs it."""
+"""`tools/convert_checkpoint.py` as a user runs it; e2e/test_pipeline verifies an export that is right."""
 
 from __future__ import annotations
 
@@ -35,8 +35,6 @@ def test_import_export_verify_and_refusals(tmp_path: Path) -> None:
     assert convert("export", "--checkpoint", checkpoint, "--hf", hf, "--output", out)[0] == 0
     assert (out / "tokenizer_config.json").is_file()
     assert differing_tensors(hf, out) == []
-    code, text = convert("verify", "--hf", out, "--checkpoint", checkpoint)
-    assert (code, "SAME: max |logit difference|" in text) == (0, True), text
 
     code, text = convert("export", "--checkpoint", checkpoint, "--hf", hf, "--output", out)
     assert (code, "is not empty" in text, "Traceback" in text) == (2, True, False), text

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from lopd_megatron.config import RunConfig
@@ -170,10 +172,17 @@ def searched_run(
     }
 
 
-def several(inputs: str, calls: list[tuple[str, dict[str, Any], int, int]]) -> list[dict[str, Any]]:
-    return [
-        searched_run(inputs, run_dir, settings, steps, first) for run_dir, settings, steps, first in calls
-    ]
+def whole_and_resumed(
+    inputs: str, folder: str, one: dict[str, Any], other: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Five steps at once; three, a new trainer and two more under the same layout, and under another."""
+    whole = searched_run(inputs, f"{folder}/whole", one, 5)
+    searched_run(inputs, f"{folder}/parts", one, 3)
+    if dist.get_rank() == 0:
+        shutil.copytree(f"{folder}/parts", f"{folder}/moved")
+    dist.barrier()
+    same = searched_run(inputs, f"{folder}/parts", one, 2, first=3)
+    return whole, same, searched_run(inputs, f"{folder}/moved", other, 2, first=3)
 
 
 def multipliers(run: dict[str, Any]) -> list[int]:
@@ -185,18 +194,8 @@ def scores(run: dict[str, Any]) -> list[float]:
 
 
 def test_resume_is_exact_and_the_layout_may_change(inputs: Path, tmp_path: Path) -> None:
-    """Five steps at once, or three, a new trainer and two more: under the same layout and under another."""
-    one, other = layout(tp=2, pp=2), layout()
-    whole_dir, parts, moved = (str(tmp_path / name) for name in ("whole", "parts", "moved"))
-    calls = [
-        (whole_dir, one, 5, 0),
-        (parts, one, 3, 0),
-        (moved, one, 3, 0),
-        (parts, one, 2, 3),
-        (moved, other, 2, 3),
-    ]
-    results = run_world(several, 4, str(inputs), calls)
-    for whole, _, _, same, changed in results:
+    results = run_world(whole_and_resumed, 4, str(inputs), str(tmp_path), layout(tp=2, pp=2), layout())
+    for whole, same, changed in results:
         assert same == whole
         assert [entry["iteration"] for entry in whole["history"]] == [1, 2, 4]
         # What is taken is one decision: equal on all ranks, whatever they hold.

@@ -13,32 +13,19 @@ from tests.distributed.world import run_world
 
 pytestmark = pytest.mark.dist
 
+OVERLAPPED = {"optimizer__overlap_grad_reduce": True, "optimizer__overlap_param_gather": True}
+# What test_step_parity holds against transformers is not repeated here.
 DENSE = {
-    "DP4": layout(),
-    "TP2 PP2": layout(tp=2, pp=2),
-    "PP4": layout(pp=4),
-    "PP2 VP2": layout(pp=2, vpp=2),
     "TP4": layout(tp=4),
-    "CP2": layout(parallel__context_parallel_size=2),
-    "TP2 CP2": layout(tp=2, parallel__context_parallel_size=2),
     "no distributed optimizer": layout(tp=2, optimizer__use_distributed_optimizer=False),
-    "overlapped": layout(optimizer__overlap_grad_reduce=True, optimizer__overlap_param_gather=True),
-    "overlapped PP2": layout(pp=2, optimizer__overlap_grad_reduce=True, optimizer__overlap_param_gather=True),
-    "overlapped PP2 VP2": layout(
-        pp=2, vpp=2, optimizer__overlap_grad_reduce=True, optimizer__overlap_param_gather=True
-    ),
+    "overlapped": layout(**OVERLAPPED),
+    "overlapped PP2 VP2": layout(pp=2, vpp=2, **OVERLAPPED),
     "selective recompute": layout(tp=2, pp=2, train__recompute_granularity="selective"),
     "full recompute": layout(tp=2, pp=2, train__recompute_granularity="full"),
     "deterministic": layout(train__deterministic_mode=True),
     "two rows a micro-batch": layout(train__micro_batch_size=2),
-    "plain head": layout(tp=2, loss__head="plain"),
 }
-MOE = {
-    "DP4": layout(),
-    "EP2": layout(ep=2),
-    "EP2 PP2": layout(ep=2, pp=2),
-    "TP2 EP2": layout(tp=2, ep=2),
-}
+MOE = {"DP4": layout(), "EP2 PP2": layout(ep=2, pp=2)}
 
 
 def trajectories(inputs: str, run_dir: str, layouts: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from lopd_megatron.launch.servers import VllmServer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
-ITERS = 6
+ITERS = 4
 
 RECIPES = """
 from lopd_megatron.config import RunConfig
@@ -61,6 +62,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     run(sys.executable, "tools/make_tiny_task.py", "--output", f"{folder}/task", *sizes)
     (folder / "recipes.py").write_text(RECIPES.format(root=str(folder), iters=ITERS))
+    run(sys.executable, "tools/prepare_prompts.py", "--recipe", f"{folder}/recipes.py:calm")
+    shutil.copytree(folder / "calm", folder / "disturbed")
     return folder
 
 
@@ -92,10 +95,8 @@ def wait_for(condition: Callable[[], bool], training: subprocess.Popen[bytes]) -
 
 
 def start(root: Path, recipe: str, servers: tuple[VllmServer, VllmServer]) -> subprocess.Popen[bytes]:
-    spec = f"{root}/recipes.py:{recipe}"
-    run(sys.executable, "tools/prepare_prompts.py", "--recipe", spec)
     urls = [f"online.{n}_url={s.url}" for n, s in zip(("student", "teacher"), servers, strict=True)]
-    command = [sys.executable, "tools/train_online.py", "--recipe", spec, *urls]
+    command = [sys.executable, "tools/train_online.py", "--recipe", f"{root}/recipes.py:{recipe}", *urls]
     with (root / f"{recipe}.log").open("wb") as log:
         return subprocess.Popen(
             command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}

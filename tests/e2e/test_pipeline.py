@@ -18,12 +18,15 @@ from recipes import tiny
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
 
+SFT = (sys.executable, "-m", "lopd_megatron.launch", "--stages=prompts,rollouts,build,train,export")
 RECIPES = """
 from lopd_megatron.config import RunConfig
 from recipes import tiny
 
 def sft() -> RunConfig:
     config = tiny.sft({root!r})
+    config.parallel.tensor_model_parallel_size = 1
+    config.parallel.pipeline_model_parallel_size = 1
     config.train.train_iters = 4
     config.train.log_interval = 1
     return config
@@ -40,8 +43,8 @@ def run(*command: str) -> str:
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished small pipeline, whose teacher and base student are random models.
 
-    A shell runs SFT, NeMo-Run's local executor the distillation, by NeMo-Run's own command line, where every
-    recipe is a factory; two workers take turns to roll out.
+    A shell runs SFT on one rank, NeMo-Run's local executor the distillation on TP2 × PP2, by NeMo-Run's own
+    command line, where every recipe is a factory; two workers take turns to roll out.
     """
     root = tmp_path_factory.mktemp("pipeline")
     sizes = ["--teacher-samples=64", "--base-samples=64", "--sft-prompts=64", "--opd-prompts=200"]
@@ -49,7 +52,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, source in (("teacher", "teacher_init"), ("base", "student_init")):
         shutil.copytree(root / "task" / source, root / name / "hf")
     (root / "recipes.py").write_text(RECIPES.format(root=str(root)))
-    run(sys.executable, "-m", "lopd_megatron.launch", "--recipe", f"{root}/recipes.py:sft")
+    run(*SFT, "--recipe", f"{root}/recipes.py:sft")
 
     task = root / "task"
     overrides = [
@@ -141,7 +144,7 @@ def test_a_second_run_does_nothing(pipeline: Path) -> None:
 
     before = written()
     assert len(before) > 5
-    run(sys.executable, "-m", "lopd_megatron.launch", "--recipe", f"{pipeline}/recipes.py:sft")
+    run(*SFT, "--recipe", f"{pipeline}/recipes.py:sft")
     assert written() == before
 
 

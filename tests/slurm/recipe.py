@@ -1,4 +1,4 @@
-"""The tiny recipe, small enough for a test: random models, 16 prompts, 80 iterations."""
+"""The tiny recipe, small enough for a test: random models, 16 prompts, 40 iterations."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def opd() -> RunConfig:
     config.prompts.num_shards = 2
     config.evaluation.input = [f"{task}/problems/test.jsonl"]
     config.data.seq_length = 256
-    config.train.train_iters = 80
+    config.train.train_iters = 40
     config.train.log_interval = 1
     config.train.global_batch_size = 8
-    config.checkpoint.save_interval = 20
+    config.checkpoint.save_interval = 10
     config.launch.stages.train.nodes = 2
     config.launch.stages.rollouts.array = 2
     return config

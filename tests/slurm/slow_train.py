@@ -1,4 +1,4 @@
-"""The trainer on a slow device: while RUN_DIR/brake exists, a pause of one second after every step."""
+"""The trainer on a slow device: while RUN_DIR/brake exists, a pause of two seconds after every step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def main() -> int:
 
     class Brake(Hook):
         def after_step(self, trainer: Trainer, result: StepResult) -> None:
-            time.sleep((Path(config.run_dir) / "brake").exists())
+            time.sleep(2 * (Path(config.run_dir) / "brake").exists())
 
     return run(config, hooks=[Brake()])
 

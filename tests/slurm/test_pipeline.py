@@ -16,7 +16,7 @@ from lopd_megatron.launch import sbatch, stages
 from tests.slurm.conftest import RECIPE, ROOT, Chain
 from tests.slurm.lab import SlurmLab
 
-ITERATIONS = 80
+ITERATIONS = 40
 STAGES = ["prompts", "rollouts", "score", "build", "train", "export", "evaluate"]
 
 

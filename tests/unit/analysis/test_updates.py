@@ -2,6 +2,7 @@
 
 import csv
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -259,17 +260,27 @@ def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-def test_tool_analyzes_and_refuses(folders: list[Path], tmp_path: Path) -> None:
+def test_tool_analyzes(folders: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     series = [part for folder in folders[1:] for part in ("--checkpoint", folder)]
-    dry = run_tool("--base", folders[0], *series, "--output", out, "--dry-run")
-    assert dry.returncode == 0, dry.stderr
-    assert not out.exists()
-    assert f"would write: {out}" in dry.stdout
     done = run_tool("--base", folders[0], *series, "--output", out)
     assert done.returncode == 0, done.stderr
     assert "step3: 6 matrices" in done.stdout
     assert (out / "alignment.png").is_file()
-    wrong = run_tool("--base", folders[0], "--checkpoint", folders[1], "--output", out, "--window", "5:2")
-    assert wrong.returncode == 2
-    assert wrong.stderr.strip() == "error: --window '5:2' is not FIRST:LAST with 0 ≤ FIRST ≤ LAST, as in 0:8"
+
+
+def test_tool_refuses_and_shows_what_it_would_do(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = [str(TOOL), "--base", folders[0], "--checkpoint", folders[1], "--output", out]
+    for options, code, text in (
+        (["--dry-run"], 0, f"would write: {out}"),
+        (["--window", "5:2"], 2, "error: --window '5:2' is not FIRST:LAST with 0 ≤ FIRST ≤ LAST, as in 0:8"),
+    ):
+        monkeypatch.setattr(sys, "argv", [*map(str, command), *options])
+        with pytest.raises(SystemExit) as leave:
+            runpy.run_path(str(TOOL), run_name="__main__")
+        assert leave.value.code == code
+        assert text in "".join(capsys.readouterr())
+        assert not out.exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -30,6 +31,8 @@ class FakeVllm(ThreadingHTTPServer):
         self.version = "default"
         self.faults: list[int] = []
         self.paths: list[str] = []
+        self.back_at = 0.0
+        """Not healthy before this `time.monotonic()`."""
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
 
@@ -37,7 +40,8 @@ class _Handler(BaseHTTPRequestHandler):
     server: FakeVllm
 
     def do_GET(self) -> None:
-        self._answer(200, {"weight_version": self.server.version})
+        away = self.path == "/health" and time.monotonic() < self.server.back_at
+        self._answer(503 if away else 200, {"weight_version": self.server.version})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
@@ -102,6 +106,15 @@ def test_a_server_that_came_back_gets_the_weights_again(server: FakeVllm) -> Non
     student.generate(REQUESTS, SAMPLING)
     assert server.version == "7"
     assert server.paths.count("/collective_rpc") == 1
+
+
+def test_an_outage_is_told_once_however_many_requests_wait(
+    server: FakeVllm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.faults, server.back_at = [500] * len(REQUESTS), time.monotonic() + 0.3
+    assert len(client(server).generate(REQUESTS, SAMPLING)) == len(REQUESTS)
+    output = "".join(capsys.readouterr())
+    assert output.count("does not answer") == output.count("is back after") == 1
 
 
 def test_an_absent_server_is_waited_for_until_patience_ends(server: FakeVllm) -> None:

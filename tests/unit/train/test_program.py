@@ -1,6 +1,6 @@
 """The trainer as a program: dry run, wrong settings, exit codes."""
 
-import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,41 +15,47 @@ from lopd_megatron.train.validate import ValidateHook
 
 ROOT = Path(__file__).resolve().parents[3]
 
-PROGRAM = """
+RANKS = """
+import os
+import sys
 from lopd_megatron.errors import UserError
 from lopd_megatron.train.abort import run_rank
 
 class OutOfMemoryError(RuntimeError):
     pass
 
-def main():
-    {body}
+def fail(error):
+    raise error
 
-run_rank(main)
+MAINS = [
+    lambda: fail(UserError("seq_length 7 is odd; use 8")),
+    lambda: 85,
+    lambda: 1 / 0,
+    lambda: fail(OutOfMemoryError("Tried to allocate 2 GiB.")),
+]
+for rank, main in enumerate(MAINS):
+    if os.fork() == 0:
+        os.environ["RANK"] = str(rank)
+        run_rank(main)
+    code = os.waitstatus_to_exitcode(os.wait()[1])
+    print(f"<exit code {code}>", file=sys.stderr, flush=True)
 """
 
 
-def rank(body: str, number: int = 0) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(body=body)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "RANK": str(number)},
-    )
-    return done.returncode, done.stderr
-
-
 def test_exit_codes_and_messages_of_a_rank() -> None:
-    assert rank("return 85") == (85, "")
-    assert rank("raise UserError('seq_length 7 is odd; use 8')") == (2, "error: seq_length 7 is odd; use 8\n")
-    code, text = rank("raise OutOfMemoryError('Tried to allocate 2 GiB.')", 3)
-    assert code == 1
-    assert text.startswith("error on rank 3: out of memory: Tried to allocate 2 GiB. Lower data.seq_length")
-    assert "Traceback" not in text
-    code, text = rank("return 1 / 0", 1)
-    assert code == 1
-    assert "rank 1 failed" in text
-    assert "ZeroDivisionError" in text
+    """Each rank a fork of a process that has imported torch."""
+    done = subprocess.run([sys.executable, "-c", RANKS], capture_output=True, text=True)
+    texts, codes = (re.split(r"<exit code (\d+)>\n", done.stderr)[start::2] for start in (0, 1))
+    assert codes == ["2", "85", "1", "1"]
+    wrong_input, finished, crashed, out_of_memory, _ = texts
+    assert wrong_input == "error: seq_length 7 is odd; use 8\n"
+    assert finished == ""
+    assert "rank 2 failed" in crashed
+    assert "ZeroDivisionError" in crashed
+    assert out_of_memory.startswith(
+        "error on rank 3: out of memory: Tried to allocate 2 GiB. Lower data.seq_length"
+    )
+    assert "Traceback" not in out_of_memory
 
 
 def test_out_of_memory_says_what_to_change() -> None:
