@@ -25,7 +25,7 @@ env: $(VENV)/.ready  ## the Python environment in .venv, from the committed lock
 $(VENV)/.ready: .ci/lock-cpu.txt pyproject.toml | $(VENV)/bin/uv
 	$(PIP) $$(grep ^torch== .ci/lock-cpu.txt) & grep -v ^torch== .ci/lock-cpu.txt | $(UV) -r -; wait
 	$(PIP) -r .ci/lock-cpu.txt
-	$(PIP) --no-build-isolation -e .
+	$(UV) --no-build-isolation -e .
 	$(PY) -W ignore -c "import vllm.entrypoints.openai.api_server, vllm.v1.worker.cpu_worker" > /dev/null & \
 	$(PY) -W ignore -c "import lopd_megatron.parallel as p; p.prepare_megatron(); \
 	  import lopd_megatron.train.setup, transformers.models.qwen3, matplotlib.pyplot, nemo_run"; wait

@@ -65,6 +65,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "prompts.num_shards=2",
         "launch.stages.rollouts.array=2",
         "train.train_iters=12",
+        "train.global_batch_size=32",
         "train.log_interval=1",
     ]
     factory = ["lopd_megatron.launch.nemo_run", "--factory", "tiny_lightning_opd", "--yes"]
@@ -87,7 +88,7 @@ def test_training_lowers_the_reverse_kl(pipeline: Path) -> None:
 def test_the_first_reverse_kl_is_that_of_the_files(pipeline: Path) -> None:
     """vLLM's scores on disk and Megatron's log-probs at step 1 speak of the same tokens.
 
-    Step 1 sees 64 of the 200 rollouts before any update. Its student log-probs must be the sampler's:
+    Step 1 sees 32 of the 200 rollouts before any update. Its student log-probs must be the sampler's:
     the importance ratio is 1 up to fp32 noise between two engines (1e-4); a shift by one would be far off.
     """
     row = metrics(pipeline / "lightning_opd")[0]
