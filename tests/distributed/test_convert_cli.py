@@ -1,8 +1,10 @@
-"""`tools/convert_checkpoint.py` as a user runs it; e2e/test_pipeline verifies an export that is right."""
+"""The command line of `tools/convert_checkpoint.py`; e2e/test_pipeline runs it as a process of its own."""
 
 from __future__ import annotations
 
-import subprocess
+import contextlib
+import io
+import runpy
 import sys
 from pathlib import Path
 
@@ -11,18 +13,24 @@ from safetensors.torch import load_file, save_file
 
 from lopd_megatron.model.verify import differing_tensors
 from tests.distributed.tiny_hf import save_model
+from tests.distributed.world import ROOT, run_world
 
-ROOT = Path(__file__).resolve().parents[2]
+
+def run_tool(arguments: list[str]) -> tuple[int, str]:
+    sys.argv = ["convert_checkpoint.py", *arguments]
+    output = io.StringIO()
+    with (
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(output),
+        pytest.raises(SystemExit) as leave,
+    ):
+        runpy.run_path(str(ROOT / "tools/convert_checkpoint.py"), run_name="__main__")
+    return int(leave.value.code or 0), output.getvalue()
 
 
 def convert(*arguments: str | Path) -> tuple[int, str]:
-    """(exit code, what was printed)."""
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", ROOT / "tools/convert_checkpoint.py", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-    )
-    return result.returncode, result.stdout + result.stderr
+    """(exit code, what was printed), of the program in a process that has imported torch before."""
+    return run_world(run_tool, 1, [str(argument) for argument in arguments])[0]
 
 
 @pytest.mark.dist
@@ -35,6 +43,9 @@ def test_import_export_verify_and_refusals(tmp_path: Path) -> None:
     assert convert("export", "--checkpoint", checkpoint, "--hf", hf, "--output", out)[0] == 0
     assert (out / "tokenizer_config.json").is_file()
     assert differing_tensors(hf, out) == []
+
+    code, text = convert("verify", "--hf", out, "--checkpoint", checkpoint)
+    assert (code, "SAME: max |logit difference|" in text) == (0, True), text
 
     code, text = convert("export", "--checkpoint", checkpoint, "--hf", hf, "--output", out)
     assert (code, "is not empty" in text, "Traceback" in text) == (2, True, False), text
