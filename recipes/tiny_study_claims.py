@@ -14,8 +14,10 @@ def _greedy(
     return Claim(source, text, better, worse, quality("greedy"), "points", 100.0, margin, less)
 
 
-def _sampled(source: str, text: str, better: str, worse: str, margin: float = 0.0) -> Claim:
-    return Claim(source, text, better, worse, quality("sampled"), "points at T = 1", 100.0, margin)
+def _sampled(
+    source: str, text: str, better: str, worse: str, margin: float = 0.0, less: tuple[str, str] | None = None
+) -> Claim:
+    return Claim(source, text, better, worse, quality("sampled"), "points at T = 1", 100.0, margin, less)
 
 
 def _early(text: str, better: str, worse: str, iteration: int) -> Claim:
@@ -40,11 +42,21 @@ CLAIMS = [
         "seconds saved",
     ),
     _greedy(LIGHTNING, "One teacher (A, A) beats two (A, B), offline", "lightning", "lightning_a_b"),
+    _sampled(LIGHTNING, "… when it samples", "lightning", "lightning_a_b"),
     _greedy(LIGHTNING, "One teacher (B, B) beats two (B, A), offline", "lightning_b_b", "lightning_b_a"),
+    _sampled(LIGHTNING, "… when it samples", "lightning_b_b", "lightning_b_a"),
     _greedy(LIGHTNING, "One teacher (A, A) beats two (A, B), online", "standard", "standard_a_b"),
+    _sampled(LIGHTNING, "… when it samples", "standard", "standard_a_b"),
     _greedy(
         LIGHTNING,
         "Two teachers cost more offline than online",
+        "lightning",
+        "lightning_a_b",
+        less=("standard", "standard_a_b"),
+    ),
+    _sampled(
+        LIGHTNING,
+        "… when it samples",
         "lightning",
         "lightning_a_b",
         less=("standard", "standard_a_b"),

@@ -152,7 +152,8 @@ at every iteration, `lightning` once. Accuracy is that on held-out test problems
 validation problems. Values are means over seeds ± the half width of the 95 % interval (Student's t). Seconds
 are CPU seconds of a process with one thread; those of `core`, the first, are wall time on a core each. Those
 of `*_a_b` and `*_b_a` for seeds 0 and 1 are up to twice too high: threads of earlier cells ran along, a fault
-that is mended since; the cells of the top-k table for these two seeds, by less."""
+that is mended since; the cells of the top-k table for these two seeds, by less. Seconds of EffOPD's searches
+are wall time on machines that did other work beside."""
 
 
 def prepare(names: list[str]) -> int:
