@@ -69,6 +69,10 @@ def main() -> int:
     args = arguments.parse_args()
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs} runs nothing; give 1 or more, at most the cores of the machine")
+    if args.seeds < 1:
+        raise UserError(
+            f"--seeds {args.seeds} runs nothing; give 1 or more, 5 for intervals that mean something"
+        )
     seeds = range(1 if args.quick else args.seeds)
     if args.prepare:
         return prepare(args.prepare)
@@ -82,12 +86,17 @@ def main() -> int:
         return 0
     if not args.report_only:
         run(sys.executable, "tools/make_tiny_task.py", "--output", f"{STUDY}/models/task", "--all-teachers")
-        models = {name for cells in todo.values() for cell in cells for name in ("base", *cell.teachers)}
-        side_by_side(args.jobs, (("--prepare", name) for name in sorted(models)))
+        models = models_behind(cell for cells in todo.values() for cell in cells)
+        side_by_side(args.jobs, (("--prepare", name) for name in models))
         workers = (("--worker", str(seed), *sys.argv[1:]) for seed, cells in todo.items() if cells)
         side_by_side(args.jobs, workers)
     report()
     return 0
+
+
+def models_behind(cells: Iterable[Cell]) -> list[str]:
+    """The base student and the teachers that cells need; none without a cell."""
+    return sorted({name for cell in cells for name in ("base", *cell.teachers)})
 
 
 def to_run(study: Study, args: argparse.Namespace) -> list[Cell]:
@@ -158,6 +167,9 @@ are wall time on machines that did other work beside."""
 
 def prepare(names: list[str]) -> int:
     """Train the teachers and the base student that are missing, in this process."""
+    known = models_behind(Study(0).cells())
+    if unknown := sorted(set(names) - set(known)):
+        raise UserError(f"--prepare {unknown[0]}: no such model; there are {', '.join(known)}")
     from lopd_megatron.launch.workbench import train
 
     for name in names:

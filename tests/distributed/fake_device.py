@@ -4,8 +4,7 @@
 
 torch's fake tensors on a made-up accelerator: an operation on tensors of two devices, a wrong dtype or shape
 raises as on a GPU, also in the backward. Whatever Megatron-Core sends to CUDA goes there, the CUDA branches
-of this package run, and the numbers are never looked at. Prints where the step of each case read from the
-device.
+of this package run, and the numbers are never looked at. Prints where each case read from the device.
 A process of its own, since all of torch is patched.
 """
 

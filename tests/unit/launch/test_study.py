@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lopd_megatron.config import RunConfig
+from lopd_megatron.errors import UserError
 from lopd_megatron.files import write_json
 from lopd_megatron.launch.study_report import table
 from lopd_megatron.launch.study_statistics import Claim, interval, quality
@@ -124,6 +125,11 @@ def test_a_quick_study_runs_here_what_was_kept_from_another_machine(tool: Any) -
     assert tool.to_run(study, argparse.Namespace(groups=list(tool.GROUPS), quick=False)) == []
     quick = tool.to_run(study, argparse.Namespace(groups=list(tool.GROUPS), quick=True))
     assert {cell.name for cell in quick} == set(tool.QUICK_CELLS)
+
+
+def test_a_model_that_no_cell_needs_is_refused(tool: Any) -> None:
+    with pytest.raises(UserError, match="--prepare teacher_x: no such model; there are base, teacher, "):
+        tool.prepare(["teacher_x"])
 
 
 def test_settings_of_every_model_behind_a_cell_are_part_of_its_recipe(

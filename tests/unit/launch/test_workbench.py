@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,9 +19,8 @@ from lopd_megatron.launch.workbench import LocalModel, Workbench
 class FakeEngine:
     """Answers with the number of the folder whose weights it has at that moment."""
 
-    def __init__(self, other_has_come: threading.Event) -> None:
+    def __init__(self) -> None:
         self.started = threading.Event()
-        self._other_has_come = other_has_come
         self._weights = -1
 
     def reload(self, folder: str) -> bool:
@@ -31,7 +31,7 @@ class FakeEngine:
         for request in requests:
             yield Generation(request.key, [self._weights], np.zeros(1, np.float32), "stop")
             self.started.set()
-            self._other_has_come.wait(0.2)  # long enough for another thread to change the weights
+            time.sleep(0.05)  # long enough for another thread to change the weights
 
 
 def test_a_call_keeps_its_weights_while_another_thread_wants_others(tmp_path: Path) -> None:
@@ -39,8 +39,8 @@ def test_a_call_keeps_its_weights_while_another_thread_wants_others(tmp_path: Pa
     for name in ("0", "1"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").touch()
-    bench, came = Workbench(EngineConfig(), 8), threading.Event()
-    engine: Any = FakeEngine(came)
+    bench = Workbench(EngineConfig(), 8)
+    engine: Any = FakeEngine()
     bench._engines.append((engine, ("", ())))
     requests = [GenerationRequest((0, place), [5], place) for place in range(3)]
     sampling = Sampling(1.0, 1.0, 8, (2,))
@@ -48,6 +48,5 @@ def test_a_call_keeps_its_weights_while_another_thread_wants_others(tmp_path: Pa
         ahead = pool.submit(LocalModel(bench, str(tmp_path / "0")).generate, requests, sampling)
         assert engine.started.wait(10)
         measured = LocalModel(bench, str(tmp_path / "1")).generate(requests, sampling)
-        came.set()
     assert [answer.response_tokens for answer in ahead.result()] == [[0]] * 3
     assert [answer.response_tokens for answer in measured] == [[1]] * 3
