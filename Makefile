@@ -75,13 +75,13 @@ study: env  ## the comparison of docs/study.md: hours, resumable; STUDY=quick in
 	$(PY) tools/study.py $(if $(filter quick,$(STUDY)),--quick)
 
 bench: env  ## ratios against peers, as JSON in docs/benchmarks and tables in docs/performance.md
-	$(PY) tools/bench_peers.py --output docs/benchmarks/peers.json
-	$(PY) tools/bench_loss.py --output docs/benchmarks/loss.json
-	$(PY) tools/bench_data.py --folder runs/bench_data --output docs/benchmarks/data.json
-	$(PY) tools/bench_page.py
+	$(PY) tools/bench/bench_peers.py --output docs/benchmarks/peers.json
+	$(PY) tools/bench/bench_loss.py --output docs/benchmarks/loss.json
+	$(PY) tools/bench/bench_data.py --folder runs/bench_data --output docs/benchmarks/data.json
+	$(PY) tools/bench/bench_page.py
 
 bench-gpu:  ## all that one GPU can show, in twelve minutes, into docs/benchmarks/gpu.json; needs no .venv
-	$(PYTHON) tools/bench_gpu.py
+	$(PYTHON) tools/bench/bench_gpu.py
 
 # For a GPU machine without a network that has torch: the rest, for its Python, beside the repository.
 GPU_PYTHON ?= 3.12

@@ -49,7 +49,7 @@ ROLLOUT_SCHEMA = pa.schema(
 )
 """`rollouts/shard-*.parquet`."""
 
-SCORED_SCHEMA = pa.schema(
+SCORE_SCHEMA = pa.schema(
     [
         *ROLLOUT_SCHEMA,
         pa.field("teacher_logprobs", pa.list_(pa.float32()), nullable=False),  # [r]
@@ -58,7 +58,7 @@ SCORED_SCHEMA = pa.schema(
         pa.field("teacher_topk_logprobs", pa.list_(pa.float32()), nullable=False),
     ]
 )
-"""`scored/shard-*.parquet`: a rollout and what the teacher says of exactly those token ids."""
+"""`scores/shard-*.parquet`: a rollout and what the teacher says of exactly those token ids."""
 
 PROBLEM_RESULT_SCHEMA = pa.schema(
     [

@@ -44,12 +44,12 @@ def sft(pair: Pair) -> RunConfig:
     config.model.student = pair.base
     config.prompts.input = ["data/prompts/openthoughts3.jsonl"]
     config.prompts.max_prompts = 300_000  # released code: drawn at random, one answer each
-    config.rollout.generator = "teacher"
-    config.rollout.temperature = 0.7  # released code; the paper does not say
-    config.rollout.top_p = 0.9
-    config.rollout.max_response_tokens = 15_360  # with the prompt a row of 16,384 tokens
-    config.rollout.engine.max_model_len = 16_384
-    config.rollout.engine.tensor_parallel_size = pair.teacher_gpus
+    config.rollouts.generator = "teacher"
+    config.rollouts.temperature = 0.7  # released code; the paper does not say
+    config.rollouts.top_p = 0.9
+    config.rollouts.max_response_tokens = 15_360  # with the prompt a row of 16,384 tokens
+    config.rollouts.engine.max_model_len = 16_384
+    config.rollouts.engine.tensor_parallel_size = pair.teacher_gpus
     config.launch.stages.rollouts.gpus_per_node = pair.teacher_gpus
     config.launch.stages.rollouts.array = 32 // pair.teacher_gpus
     config.loss.objective = "sft"
@@ -71,10 +71,10 @@ def lightning_opd(pair: Pair) -> RunConfig:
     config = _common(pair, "lightning_opd")
     config.model.student = f"runs/{pair.name}/sft/hf"
     config.prompts.input = ["data/prompts/dapo_math_17k.jsonl"]
-    config.rollout.temperature = 0.8  # released scripts: 0.7
-    config.rollout.top_p = 1.0  # released scripts: 0.9
-    config.rollout.max_response_tokens = 4096  # released scripts sample 16,384 and train on the first 4,096
-    config.rollout.engine.tensor_parallel_size = pair.student_gpus
+    config.rollouts.temperature = 0.8  # released scripts: 0.7
+    config.rollouts.top_p = 1.0  # released scripts: 0.9
+    config.rollouts.max_response_tokens = 4096  # released scripts sample 16,384 and train on the first 4,096
+    config.rollouts.engine.tensor_parallel_size = pair.student_gpus
     config.loss.advantage_clip = 10.0  # absent in the released code
     config.loss.normalization = "token_mean"  # released code: per_sequence
     config.train.train_iters = 150  # most of the gain comes in the first 50
@@ -93,7 +93,7 @@ def lightning_opd_topk(pair: Pair) -> RunConfig:
     config = lightning_opd(pair)
     _rename(config, pair, "lightning_opd_topk")
     config.loss.objective = "topk_reverse_kl"
-    config.scoring.topk = 16
+    config.scores.topk = 16
     config.loss.topk = 16
     return config
 
@@ -103,7 +103,7 @@ def standard_opd(pair: Pair) -> RunConfig:
     config = lightning_opd(pair)
     _rename(config, pair, "standard_opd")
     config.online.enabled = True
-    config.rollout.num_samples_per_prompt = 4
+    config.rollouts.num_samples_per_prompt = 4
     return config
 
 
@@ -133,10 +133,10 @@ def _common(pair: Pair, recipe: str) -> RunConfig:
     config.data.seq_length = 16_384
     config.loss.head_chunk_tokens = 2048
     config.optimizer.clip_grad = 1.0
-    config.scoring.engine.tensor_parallel_size = pair.teacher_gpus
+    config.scores.engine.tensor_parallel_size = pair.teacher_gpus
     stages = config.launch.stages
     stages.rollouts = StageResources(gpus_per_node=pair.student_gpus, array=8 // pair.student_gpus)
-    stages.score = StageResources(gpus_per_node=pair.teacher_gpus, array=8 // pair.teacher_gpus)
+    stages.scores = StageResources(gpus_per_node=pair.teacher_gpus, array=8 // pair.teacher_gpus)
     stages.evaluate = StageResources(gpus_per_node=pair.student_gpus)
     # 32 samples a problem, temperature 0.6, top-p 0.95, 32,768 tokens: the defaults of the config.
     config.evaluation.input = ["data/problems/aime24.jsonl", "data/problems/aime25.jsonl"]

@@ -8,7 +8,7 @@ Everything lies below `root`, which `tools/make_tiny_task.py` fills first.
 from __future__ import annotations
 
 from lopd_megatron.config import EngineConfig, RunConfig
-from lopd_megatron.launch.refresh import refresh_rounds
+from lopd_megatron.refresh import refresh_rounds
 from recipes import tiny_task as task
 
 DEMO = "runs/demo"
@@ -32,9 +32,9 @@ def _base(root: str) -> RunConfig:
         kv_cache_memory_bytes=64 << 20,
         enforce_eager=True,
     )
-    for section in (config.rollout, config.scoring, config.evaluation):
+    for section in (config.rollouts, config.scores, config.evaluation):
         section.engine = engine.model_copy()
-    config.rollout.max_response_tokens = LONGEST - task.PROMPT_LENGTH
+    config.rollouts.max_response_tokens = LONGEST - task.PROMPT_LENGTH
     config.evaluation.max_response_tokens = LONGEST - task.PROMPT_LENGTH
     config.data.seq_length = 1024
     config.data.alignment_sample = 64
@@ -88,7 +88,7 @@ def sft(root: str = DEMO) -> RunConfig:
     config.model.student = f"{root}/base/hf"
     config.model.teacher = f"{root}/teacher/hf"
     config.prompts.input = [f"{root}/task/prompts/sft.jsonl"]
-    config.rollout.generator = "teacher"
+    config.rollouts.generator = "teacher"
     config.loss.objective = "sft"
     config.optimizer.lr = 1e-3
     config.optimizer.lr_warmup_iters = 20
@@ -104,7 +104,7 @@ def lightning_opd(root: str = DEMO) -> RunConfig:
     config.run_dir = f"{root}/lightning_opd"
     config.model.student = f"{root}/sft/hf"
     config.prompts.input = [f"{root}/task/prompts/opd.jsonl"]
-    config.rollout.generator = "student"
+    config.rollouts.generator = "student"
     config.loss.objective = "lightning_opd"
     # The loss is a regression of log-ratios, and rare tokens with log π_T near −15 would rule it:
     # here the clip is the strongest lever (59 → 94 % with 0.5, 81 % without, in plain PyTorch).
@@ -124,7 +124,7 @@ def lightning_opd_topk(root: str = DEMO) -> RunConfig:
     config.name = "lightning_opd_topk"
     config.run_dir = f"{root}/lightning_opd_topk"
     config.loss.objective = "topk_reverse_kl"
-    config.scoring.topk = 1
+    config.scores.topk = 1
     config.loss.topk = 1
     return config
 
@@ -146,7 +146,7 @@ def standard_opd_topk(root: str = DEMO) -> RunConfig:
     config.name = "standard_opd_topk"
     config.run_dir = f"{root}/standard_opd_topk"
     config.loss.objective = "topk_reverse_kl"
-    config.scoring.topk = 1
+    config.scores.topk = 1
     config.loss.topk = 1
     return config
 

@@ -21,5 +21,5 @@ export TORCH_NCCL_ASYNC_ERROR_HANDLING=1 # a collective that hangs or fails ends
 # export NCCL_SOCKET_IFNAME=eth0 GLOO_SOCKET_IFNAME=eth0 # the interface all nodes share
 # export NCCL_IB_HCA=mlx5                                # InfiniBand adapters
 
-# Before training every node is checked (lopd_megatron.launch.health); 0: not.
+# Before training every node is checked (lopd_megatron.launch.node_check); 0: not.
 export LOPD_HEALTH_CHECK="${LOPD_HEALTH_CHECK:-1}"

@@ -61,7 +61,7 @@ check_nodes() {
   [ "$SLURM_NNODES" = 1 ] || where=(--nnodes "$SLURM_NNODES")
   [ "$gpus" -gt 0 ] && where+=(--nproc-per-node "$gpus")
   (step --output="$1/health-%n.log" python -m lopd_megatron.launch.torchrun "${where[@]}" \
-    -m lopd_megatron.launch.health --nodes "$nodes" --gpus "$gpus" --folder "$LOPD_LOGS") || code=$?
+    -m lopd_megatron.launch.node_check --nodes "$nodes" --gpus "$gpus" --folder "$LOPD_LOGS") || code=$?
   [ "$code" = 0 ] && return
   bad=$(cat "$1"/health-*.log | grep '^node ' | sort -u) || bad="exit code $code, see $1"
   say "health check failed: $bad"

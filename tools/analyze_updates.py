@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from lopd_megatron.analysis.injection import Edit, keep_components, layer_window, write_model
-from lopd_megatron.analysis.report import write_report
+from lopd_megatron.analysis.output import write_report
 from lopd_megatron.analysis.summary import summarize
 from lopd_megatron.analysis.updates import Settings, analyze, check_same_tensors
 from lopd_megatron.errors import UserError, run_program

@@ -3,7 +3,7 @@
     python tools/build_dataset.py --recipe recipes/tiny.py:lightning_opd
     python tools/build_dataset.py --recipe recipes/qwen3_8b.py:lightning_opd --from-official DATA.parquet …
 
-Reads `<run_dir>/scored` (with loss.objective=sft: `<run_dir>/rollouts`), writes `<run_dir>/dataset/train.*`.
+Reads `<run_dir>/scores` (with loss.objective=sft: `<run_dir>/rollouts`), writes `<run_dir>/dataset/train.*`.
 Rollouts that are left out are counted by reason. Before the dataset is finished, the generating model scores
 `data.alignment_sample` documents again and must find the stored log-probs. Start it again after a kill: it
 goes on where it was.
@@ -15,16 +15,17 @@ from pathlib import Path
 
 from lopd_megatron.cli import dry_run, parse, parser
 from lopd_megatron.config import RunConfig
-from lopd_megatron.data.build import build_dataset, build_from
+from lopd_megatron.data.build_dataset import build_dataset, build_from
 from lopd_megatron.data.filters import Filters
 from lopd_megatron.data.manifest import Manifest
 from lopd_megatron.data.official import OfficialFile, prompt_tokenizer
-from lopd_megatron.data.shards import read_shards
+from lopd_megatron.data.shard_reader import read_shards
 from lopd_megatron.errors import UserError, run_program
-from lopd_megatron.inference.proof import alignment_proof
-from lopd_megatron.inference.stages import generator_model
-from lopd_megatron.lineage import Lineage, check_consistency, model_fingerprint, tokenizer_fingerprint
+from lopd_megatron.fingerprints import model_fingerprint, tokenizer_fingerprint
+from lopd_megatron.lineage import Lineage, check_consistency
 from lopd_megatron.progress import say
+from lopd_megatron.rollouts.alignment_scorer import alignment_proof
+from lopd_megatron.rollouts.programs import generator_model
 
 
 def main() -> int:
@@ -34,7 +35,7 @@ def main() -> int:
     )
     config, options = parse(arguments)
     paths, data = config.paths, config.data
-    source = paths.rollouts if config.loss.objective == "sft" else paths.scored
+    source = paths.rollouts if config.loss.objective == "sft" else paths.scores
     if options.dry_run:
         return dry_run(config, options.from_official or [source], [f"{paths.dataset_prefix}.*"])
     filters = Filters(data.seq_length, data.drop_truncated, data.drop_repeated)

@@ -30,7 +30,7 @@ from lopd_megatron.cli import load_recipe
 from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import UserError, run_program
 from lopd_megatron.files import write_json
-from lopd_megatron.model.config import StudentSpec, read_hf_config, student_spec
+from lopd_megatron.model.student_spec import StudentSpec, read_hf_config, student_spec
 from lopd_megatron.parallel import topology as grid
 from lopd_megatron.progress import say
 

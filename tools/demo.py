@@ -78,7 +78,7 @@ def commands() -> list[tuple[str, tuple[str, ...]]]:
     """(name, command) of every step, in order."""
     make = ("python", "tools/make_tiny_task.py", "--output", f"{tiny.DEMO}/task")
     measured = chain([f"recipes/tiny.py:{recipe}" for recipe in TRAINED])
-    measured += chain(["recipes/tiny.py:after"], only=("prompts", "rollouts", "score"))
+    measured += chain(["recipes/tiny.py:after"], only=("prompts", "rollouts", "scores"))
     report = ("python", "tools/make_report.py", str(OUTPUT / "lightning_opd"))
     return [("task", make), *((stage.job, stage.command) for stage in measured), ("report", report)]
 
@@ -144,7 +144,7 @@ def reverse_kl(config: RunConfig) -> float:
     The mean of log π_rollout − log π_T.
     """
     total, count = 0.0, 0
-    for file in sorted(config.paths.scored.glob("shard-*.parquet")):
+    for file in sorted(config.paths.scores.glob("shard-*.parquet")):
         rows = pq.read_table(file, columns=["rollout_logprobs", "teacher_logprobs"])
         student, teacher = (pc.list_flatten(rows[name]).to_numpy() for name in rows.column_names)
         total += float(np.sum(student - teacher, dtype=np.float64))

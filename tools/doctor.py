@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 
 from lopd_megatron.errors import run_program
-from lopd_megatron.launch.doctor import examine
+from lopd_megatron.launch.environment_check import examine
 
 MARKS = {"ok": "ok     ", "absent": "absent ", "problem": "PROBLEM"}
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from lopd_megatron.cli import dry_run, parse, parser
 from lopd_megatron.errors import UserError, run_program
-from lopd_megatron.inference.evaluation import run_evaluation
-from lopd_megatron.inference.stages import Share
+from lopd_megatron.evaluation.evaluate import run_evaluation
+from lopd_megatron.rollouts.programs import Share
 
 
 def main() -> int:

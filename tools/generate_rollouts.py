@@ -1,4 +1,4 @@
-"""Prompt shards → rollout shards, sampled by the student or the teacher (`rollout.generator`) with vLLM.
+"""Prompt shards → rollout shards, sampled by the student or the teacher (`rollouts.generator`) with vLLM.
 
     python tools/generate_rollouts.py --recipe recipes/tiny.py:sft [--worker 0/4]
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from lopd_megatron.cli import dry_run, parse, parser
 from lopd_megatron.errors import run_program
-from lopd_megatron.inference import stages
+from lopd_megatron.rollouts import programs
 
 
 def main() -> int:
@@ -20,10 +20,10 @@ def main() -> int:
         "--max-failed", type=int, default=0, help="documents that may be set aside without exit code 3"
     )
     config, options = parse(arguments)
-    paths, share = config.paths, stages.Share.parse(options.worker, options.max_failed)
+    paths, share = config.paths, programs.Share.parse(options.worker, options.max_failed)
     if options.dry_run:
-        return dry_run(config, [paths.prompts, stages.generator_model(config)], [paths.rollouts])
-    return stages.run_rollouts(config, share)
+        return dry_run(config, [paths.prompts, programs.generator_model(config)], [paths.rollouts])
+    return programs.run_rollouts(config, share)
 
 
 if __name__ == "__main__":

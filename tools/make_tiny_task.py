@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lopd_megatron.data.build import Document, write_dataset
+from lopd_megatron.data.build_dataset import Document, write_dataset
 from lopd_megatron.errors import UserError, run_program
 from lopd_megatron.files import atomic_path, write_json
 from lopd_megatron.imports import quick_imports

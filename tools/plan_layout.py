@@ -3,8 +3,9 @@
     python tools/plan_layout.py --model Qwen3-8B --gpus 8 --gpu-memory 80
     python tools/plan_layout.py --model models/Qwen3-8B-Base --gpus 16 --gpu-memory 141 --mfu 0.45
 
-Memory is predicted from shapes (lopd_megatron/model/memory.py), in GiB per GPU of the fullest rank. The step
-time is exact FLOPs divided by an MFU that you state: arithmetic, not a measurement. Exit code 1: none fits.
+Memory is predicted from shapes (lopd_megatron/model/memory_estimate.py), in GiB per GPU of the
+fullest rank. The step time is exact FLOPs divided by an MFU that you state: arithmetic, not a measurement.
+Exit code 1: none fits.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import argparse
 
 from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import run_program
-from lopd_megatron.model.config import read_hf_config
-from lopd_megatron.model.memory import OVERHEAD_BYTES
+from lopd_megatron.model.memory_estimate import OVERHEAD_BYTES
 from lopd_megatron.model.planning import Layout, feasible_layouts, step_flops
+from lopd_megatron.model.student_spec import read_hf_config
 from recipes.models import BY_NAME
 
 GIB = 1024**3

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from lopd_megatron.cli import dry_run, parse, parser
 from lopd_megatron.errors import run_program
-from lopd_megatron.inference.prompts import run_prompts
+from lopd_megatron.rollouts.prompts import run_prompts
 
 
 def main() -> int:

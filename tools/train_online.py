@@ -4,7 +4,7 @@
 
 Reads `<run_dir>/prompts` (tools/prepare_prompts.py). Servers that run already are named by online.student_url
 and online.teacher_url; those started here come back by themselves when they die, and end with the training.
-On several nodes start the servers yourself and run `-m lopd_megatron.launch.train_online` under torchrun.
+On several nodes start the servers yourself and run `-m lopd_megatron.train` under torchrun.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from types import FrameType
 from lopd_megatron import cli
 from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import run_program
-from lopd_megatron.launch.servers import VllmServer
+from lopd_megatron.inference.server import VllmServer
 from lopd_megatron.launch.stages import processes_per_node
 from lopd_megatron.progress import say
 
@@ -44,14 +44,14 @@ def main() -> int:
 
 def missing_servers(config: RunConfig) -> dict[str, VllmServer]:
     """The servers that the configuration does not name."""
-    online, topk = config.online, max(config.scoring.topk, config.loss.topk)
+    online, topk = config.online, max(config.scores.topk, config.loss.topk)
     logs: Path = config.paths.logs
     servers = {}
     if not online.student_url:
         servers["student"] = VllmServer(
             "student server",
             config.model.student,
-            config.rollout.engine,
+            config.rollouts.engine,
             logs / "student_server.log",
             devices=online.student_devices,
         )
@@ -59,7 +59,7 @@ def missing_servers(config: RunConfig) -> dict[str, VllmServer]:
         servers["teacher"] = VllmServer(
             "teacher server",
             config.model.teacher,
-            config.scoring.engine,
+            config.scores.engine,
             logs / "teacher_server.log",
             max_topk=topk,
             devices=online.teacher_devices,
@@ -70,7 +70,7 @@ def missing_servers(config: RunConfig) -> dict[str, VllmServer]:
 def training_command(config: RunConfig) -> list[str]:
     processes = str(processes_per_node(config))
     launcher = [sys.executable, "-m", "lopd_megatron.launch.torchrun", "--standalone"]
-    return [*launcher, "--nproc-per-node", processes, "-m", "lopd_megatron.launch.train_online"]
+    return [*launcher, "--nproc-per-node", processes, "-m", "lopd_megatron.train"]
 
 
 def train(command: list[str], servers: list[VllmServer]) -> int:

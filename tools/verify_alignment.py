@@ -14,9 +14,9 @@ from lopd_megatron.cli import dry_run, parse, parser
 from lopd_megatron.data.alignment import Sample, compare, refuse_misaligned, sample_indices
 from lopd_megatron.data.store import open_dataset
 from lopd_megatron.errors import UserError, run_program
-from lopd_megatron.inference.proof import open_scorer
-from lopd_megatron.inference.stages import generator_model
 from lopd_megatron.progress import say
+from lopd_megatron.rollouts.alignment_scorer import open_scorer
+from lopd_megatron.rollouts.programs import generator_model
 
 
 def main() -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lopd_megatron.data.shards import RolloutBatch
+from lopd_megatron.data.shard_reader import RolloutBatch
 from lopd_megatron.data.writer import are_logprobs
 
 # A response that ends in a loop: its last tokens have a period that short.

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from lopd_megatron.data.indexed import checked_cast
-from lopd_megatron.data.shards import RolloutBatch
+from lopd_megatron.data.column_files import checked_cast
+from lopd_megatron.data.shard_reader import RolloutBatch
 from lopd_megatron.errors import UserError
 from lopd_megatron.files import sha256_file
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lopd_megatron.data.indexed import IndexedColumn, open_column
+from lopd_megatron.data.column_files import IndexedColumn, open_column
 from lopd_megatron.data.manifest import Manifest, manifest_path, read_manifest
 from lopd_megatron.data.writer import are_logprobs
 from lopd_megatron.errors import UserError

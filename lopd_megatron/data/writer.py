@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from lopd_megatron.data.alignment import Sample
-from lopd_megatron.data.indexed import checked_cast, open_column, write_index
+from lopd_megatron.data.column_files import checked_cast, open_column, write_index
 from lopd_megatron.data.manifest import FileEntry, Manifest, building_folder, manifest_path, read_manifest
 from lopd_megatron.errors import UserError
 from lopd_megatron.files import fsync_path, sha256_file, write_json

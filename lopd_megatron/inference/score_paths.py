@@ -37,10 +37,10 @@ def choose_path(engine: ScoringEngine, wanted: str, topk: int, longest: int) -> 
     """
     if wanted == "native" and not engine.has_native_scoring:
         raise UserError(
-            "scoring.path=native needs vLLM's V2 model runner, which this engine has not; use auto"
+            "scores.path=native needs vLLM's V2 model runner, which this engine has not; use auto"
         )
     if wanted == "native" and topk:
-        raise UserError(f"scoring.path=native gives no top-k of the teacher (scoring.topk={topk}); use auto")
+        raise UserError(f"scores.path=native gives no top-k of the teacher (scores.topk={topk}); use auto")
     candidates: list[ScoringPath] = ["native"] if engine.has_native_scoring and topk == 0 else []
     candidates.append("flat")
     sample = sample_requests(engine.vocab_size, longest)
@@ -55,7 +55,7 @@ def choose_path(engine: ScoringEngine, wanted: str, topk: int, longest: int) -> 
         if difference <= TOLERANCE[engine.dtype]:
             return path
         if wanted != "auto":
-            raise UserError(f"scoring.path={wanted} failed its self-test: {problem}; use auto")
+            raise UserError(f"scores.path={wanted} failed its self-test: {problem}; use auto")
         say(f"scoring path {path} failed its self-test: {problem}")
     return "stock"
 

@@ -76,6 +76,6 @@ def scoring_batch_tokens(vocab_size: int, free_bytes: float) -> int:
 
     vLLM's V1 runner holds logits, their log-softmax and a comparison for the ranks of all prompt tokens of a
     step at once, and its start-up profile does not count them: 17 bytes per token and word of the vocabulary,
-    measured by tools/bench_scoring.py.
+    measured by tools/bench/bench_scoring.py.
     """
     return max(int(free_bytes / (17 * vocab_size)), 256)

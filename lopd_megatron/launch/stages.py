@@ -1,10 +1,10 @@
 """The stages of a run as commands with resource requests: the one source of shell, sbatch and NeMo-Run.
 
-    prompts ─► rollouts ─► score ─► build ─► train ─► export ─► evaluate
+    prompts ─► rollouts ─► scores ─► dataset ─► train ─► export ─► evaluate
 
 A stage that the config makes empty is left out: `prompts` without `prompts.input`, `evaluate` without
-`evaluation.input`, `score` for SFT, and everything before `train` when `data.prefixes` names datasets.
-Standard OPD has no `rollouts`, `score` and `build`: its `train` does their work at every step.
+`evaluation.input`, `scores` for SFT, and everything before `train` when `data.prefixes` names datasets.
+Standard OPD has no `rollouts`, `scores` and `dataset`: its `train` does their work at every step.
 Order comes from files: a stage runs after the stages that write what it reads, also across runs.
 """
 
@@ -98,12 +98,12 @@ def stages(config: RunConfig, recipe: str, overrides: Sequence[str] = ()) -> lis
         resources: StageResources = getattr(wanted, name)
         if kind != "array" and resources.array > 1:
             raise UserError(
-                f"launch.stages.{name}.array={resources.array}: only rollouts, score and evaluate are arrays"
+                f"launch.stages.{name}.array={resources.array}: only rollouts, scores and evaluate are arrays"
             )
         if kind != "torchrun" and resources.nodes > 1:
             raise UserError(
                 f"launch.stages.{name}.nodes={resources.nodes}: this stage runs on one node; "
-                "rollouts, score and evaluate take more workers with array, training with online.enabled "
+                "rollouts, scores and evaluate take more workers with array, training with online.enabled "
                 "more nodes with online.student_url and online.teacher_url"
             )
         return Stage(
@@ -123,14 +123,14 @@ def stages(config: RunConfig, recipe: str, overrides: Sequence[str] = ()) -> lis
         files = [*config.prompts.input, *config.prompts.contamination_files]
         found.append(stage("prompts", _tool("prepare_prompts"), [model.student, *files], paths.prompts))
     if not config.data.prefixes and not online:
-        generator = model.student if config.rollout.generator == "student" else model.teacher
+        generator = model.student if config.rollouts.generator == "student" else model.teacher
         tool = _tool("generate_rollouts")
         found.append(stage("rollouts", tool, [paths.prompts, generator], paths.rollouts, "array"))
         if not sft:
             tool = _tool("score_rollouts")
-            found.append(stage("score", tool, [paths.rollouts, model.teacher], paths.scored, "array"))
-        source = paths.rollouts if sft else paths.scored
-        found.append(stage("build", _tool("build_dataset"), [source], paths.dataset_prefix))
+            found.append(stage("scores", tool, [paths.rollouts, model.teacher], paths.scores, "array"))
+        source = paths.rollouts if sft else paths.scores
+        found.append(stage("dataset", _tool("build_dataset"), [source], paths.dataset_prefix))
     data = [paths.prompts, model.teacher] if online else list(config.dataset_prefixes)
     read = [model.student, *data, *config.data.valid_prefixes]
     if online and not (config.online.student_url and config.online.teacher_url):
@@ -195,7 +195,4 @@ def _torchrun(config: RunConfig) -> tuple[str, ...]:
     where = ("--standalone",) if nodes == 1 else ("--nnodes", str(nodes))
     processes = ("--nproc-per-node", str(processes_per_node(config)))
     launcher = ("python", "-m", "lopd_megatron.launch.torchrun")
-    program = "lopd_megatron.launch.train_effopd" if config.effopd.enabled else "lopd_megatron.train"
-    if config.online.enabled:
-        program = "lopd_megatron.launch.train_online"
-    return (*launcher, *where, *processes, "-m", program)
+    return (*launcher, *where, *processes, "-m", "lopd_megatron.train")

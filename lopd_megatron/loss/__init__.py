@@ -7,8 +7,8 @@ report       the metrics beside the loss, as pairs that pool by addition
 nonfinite    stop before the optimizer step where a value is not finite
 """
 
-from lopd_megatron.loss.build import Loss, build_loss
+from lopd_megatron.loss.loss import Loss, build_loss
+from lopd_megatron.loss.metrics import finalize_report
 from lopd_megatron.loss.nonfinite import NonFiniteLoss
-from lopd_megatron.loss.report import finalize_report
 
 __all__ = ["Loss", "NonFiniteLoss", "build_loss", "finalize_report"]

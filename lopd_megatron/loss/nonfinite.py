@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from lopd_megatron.loss.report import NONFINITE
+from lopd_megatron.loss.metrics import NONFINITE
 from lopd_megatron.loss.trained_tokens import TrainedTokens
 
 

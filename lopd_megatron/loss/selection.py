@@ -47,7 +47,7 @@ def _topk(config: LossConfig, tokens: TrainedTokens) -> tuple[torch.Tensor, Obje
     if topk_ids.size(1) < config.topk:
         raise UserError(
             f"loss.topk={config.topk} is more than the {topk_ids.size(1)} teacher tokens per position of the "
-            "dataset; lower loss.topk or score again with a larger scoring.topk"
+            "dataset; lower loss.topk or score again with a larger scores.topk"
         )
     ids = classes.class_ids(tokens.labels, topk_ids[:, : config.topk])
     teacher = classes.teacher_class_logprobs(

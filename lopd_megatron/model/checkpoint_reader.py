@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from lopd_megatron.errors import UserError
-from lopd_megatron.model.config import StudentSpec
 from lopd_megatron.model.names import Weight
+from lopd_megatron.model.student_spec import StudentSpec
 
 
 class CheckpointTensors:

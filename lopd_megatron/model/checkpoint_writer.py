@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from lopd_megatron.errors import UserError
 from lopd_megatron.files import fsync_path
 from lopd_megatron.model.checkpoint_reader import disk_key, stacked_key
-from lopd_megatron.model.config import StudentSpec
 from lopd_megatron.model.export import WholeTensors
 from lopd_megatron.model.names import Weight, weight_table
+from lopd_megatron.model.student_spec import StudentSpec
 from lopd_megatron.progress import progress
 
 

@@ -12,9 +12,9 @@ import torch
 
 from lopd_megatron.errors import UserError
 from lopd_megatron.files import fsync_path, write_json
-from lopd_megatron.model.config import StudentSpec
 from lopd_megatron.model.names import Weight, split, weight_table
 from lopd_megatron.model.safetensors_writer import SafetensorsWriter, TensorPlan
+from lopd_megatron.model.student_spec import StudentSpec
 from lopd_megatron.progress import progress
 
 MAX_SHARD_BYTES = 5 * 1000**3

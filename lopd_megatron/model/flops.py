@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lopd_megatron.model.config import StudentSpec
+from lopd_megatron.model.student_spec import StudentSpec
 
 
 def forward_flops(

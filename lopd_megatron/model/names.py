@@ -21,7 +21,7 @@ from typing import Literal
 
 import torch
 
-from lopd_megatron.model.config import StudentSpec
+from lopd_megatron.model.student_spec import StudentSpec
 
 Layout = Literal["whole", "rows", "columns", "gate_up", "qkv"]
 

@@ -9,7 +9,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from lopd_megatron.model.attention import SdpaAttention, VarlenAttention
-from lopd_megatron.model.config import StudentSpec
+from lopd_megatron.model.student_spec import StudentSpec
 
 _CORE_ATTENTION = {"sdpa": SdpaAttention, "varlen": VarlenAttention}
 

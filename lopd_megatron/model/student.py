@@ -15,8 +15,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
-from lopd_megatron.model.config import StudentSpec
 from lopd_megatron.model.specs import block_spec
+from lopd_megatron.model.student_spec import StudentSpec
 from lopd_megatron.parallel.topology import Topology
 from lopd_megatron.records import MicroBatch
 

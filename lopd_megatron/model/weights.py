@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from lopd_megatron.errors import UserError
-from lopd_megatron.model.config import StudentSpec
 from lopd_megatron.model.export import WholeTensors, check_output, write_hf_folder
 from lopd_megatron.model.hf_folder import HfFolder
 from lopd_megatron.model.names import (
@@ -25,6 +24,7 @@ from lopd_megatron.model.names import (
     weight_table,
 )
 from lopd_megatron.model.student import StudentModel
+from lopd_megatron.model.student_spec import StudentSpec
 from lopd_megatron.parallel.topology import Topology
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from lopd_megatron.report.run_folder import RunFolder, ShardFolder
 
-STAGES = ("rollouts", "score", "train")
-PAPER_8B = {"rollouts": 10.0, "score": 4.0, "train": 16.0}
+STAGES = ("rollouts", "scores", "train")
+PAPER_8B = {"rollouts": 10.0, "scores": 4.0, "train": 16.0}
 """GPU-hours of the 8B student, arXiv 2604.13010, table 2."""
 
 
@@ -37,7 +37,7 @@ def stage_costs(run: RunFolder) -> list[StageCost]:
     the metrics (without start-up).
     """
     found = []
-    for stage, folder in (("rollouts", run.rollouts), ("score", run.scored)):
+    for stage, folder in (("rollouts", run.rollouts), ("scores", run.scored)):
         gpus = _gpus(run, stage)
         if stage in run.stage_seconds:
             found.append(StageCost(stage, run.stage_seconds[stage], gpus, "seconds.json"))

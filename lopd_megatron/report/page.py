@@ -12,13 +12,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lopd_megatron.config import RunConfig
-from lopd_megatron.report.chain import lineage_picture, rules
 from lopd_megatron.report.cost import PAPER_8B, STAGES, paper_shares, shares, stage_costs
 from lopd_megatron.report.curves import position_figures, staleness_figures, training_figures
-from lopd_megatron.report.findings import findings
 from lopd_megatron.report.gaps import GapSample, open_tokenizer, read_gaps
+from lopd_megatron.report.lineage_diagram import lineage_picture, rules
 from lopd_megatron.report.run_folder import RunFolder, read_evaluations, rescored_run
 from lopd_megatron.report.svg import error_bars, histogram, number, stacked_bars
+from lopd_megatron.report.warnings import findings
 
 GAP_EDGES = np.linspace(-4.0, 2.0, 49)
 

@@ -92,7 +92,7 @@ def read_run(folder: Path) -> RunFolder:
         prompt_counts=json.loads(counts.read_text()) if counts.is_file() else {},
         prompts=_shards(paths.prompts),
         rollouts=_shards(paths.rollouts),
-        scored=_shards(paths.scored),
+        scored=_shards(paths.scores),
         datasets=[read_manifest(prefix) for prefix in prefixes if manifest_path(prefix).is_file()],
         metrics=read_metrics(paths.metrics),
         weights=read_model_lineage(paths.hf) if (paths.hf / LINEAGE_FILE).is_file() else None,
@@ -114,7 +114,7 @@ def rescored_run(run: RunFolder) -> RunFolder | None:
     """The sibling run that let this run's student write new rollouts and had the teacher score them."""
     student = (run.folder / "hf").resolve()
     for folder in sorted(run.folder.parent.iterdir()):
-        found = _shards(folder / "scored") if folder != run.folder else None
+        found = _shards(folder / "scores") if folder != run.folder else None
         made_by = found.lineage.generator if found else None
         if made_by and Path(made_by["origin"]).resolve() == student:
             return read_run(folder)

@@ -25,7 +25,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import UserError
 from lopd_megatron.files import atomic_path, fsync_path, write_json
-from lopd_megatron.lineage import Fingerprint
+from lopd_megatron.fingerprints import Fingerprint
 from lopd_megatron.parallel.topology import Topology
 from lopd_megatron.progress import say
 from lopd_megatron.train import checkpoint_state

@@ -9,14 +9,8 @@ from typing import Any
 from lopd_megatron.config import RunConfig
 from lopd_megatron.data.manifest import Manifest, read_manifest
 from lopd_megatron.data.store import open_dataset
-from lopd_megatron.lineage import (
-    Fingerprint,
-    Lineage,
-    check_consistency,
-    model_fingerprint,
-    read_model_lineage,
-    tokenizer_fingerprint,
-)
+from lopd_megatron.fingerprints import Fingerprint, model_fingerprint, tokenizer_fingerprint
+from lopd_megatron.lineage import Lineage, check_consistency, read_model_lineage
 
 
 @dataclass(frozen=True)

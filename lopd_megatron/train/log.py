@@ -11,7 +11,7 @@ from lopd_megatron.config import RunConfig
 from lopd_megatron.loss import finalize_report
 from lopd_megatron.progress import say
 from lopd_megatron.train.metrics import Writer, open_writers
-from lopd_megatron.train.peak import device_peak_flops
+from lopd_megatron.train.peak_flops import device_peak_flops
 from lopd_megatron.train.state import Hook, StepResult, Trainer
 
 _LINE = (

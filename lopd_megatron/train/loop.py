@@ -12,7 +12,7 @@ from lopd_megatron.errors import EXIT_REQUEUE
 from lopd_megatron.parallel import topology as grid
 from lopd_megatron.progress import say
 from lopd_megatron.train.inputs import Inputs, check_inputs
-from lopd_megatron.train.launched import launch_rank, launch_world_size
+from lopd_megatron.train.launch_env import launch_rank, launch_world_size
 from lopd_megatron.train.state import BatchSource, Hook, Trainer
 
 

@@ -23,7 +23,7 @@ from lopd_megatron.train.precision_aware_adam import precision_aware
 from lopd_megatron.train.state import BatchSource, Hook, Trainer
 
 if TYPE_CHECKING:
-    from lopd_megatron.model.config import StudentSpec
+    from lopd_megatron.model.student_spec import StudentSpec
     from lopd_megatron.parallel.topology import Topology
 
 
@@ -41,8 +41,8 @@ def build_trainer(
     """
     _set_environment(config)
     topology = grid.initialize(config.parallel, seed=config.train.seed)
-    from lopd_megatron.model.config import student_spec
     from lopd_megatron.model.student import build_student
+    from lopd_megatron.model.student_spec import student_spec
     from lopd_megatron.model.weights import load_hf
 
     spec = student_spec(config.model.student, config)

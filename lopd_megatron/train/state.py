@@ -13,7 +13,7 @@ from lopd_megatron.parallel.topology import Topology
 
 if TYPE_CHECKING:
     from lopd_megatron.data.loader import StepBatch
-    from lopd_megatron.model.config import StudentSpec
+    from lopd_megatron.model.student_spec import StudentSpec
     from lopd_megatron.train.checkpoint import Checkpoints
 
 

@@ -144,8 +144,8 @@ def step(overrides: list[str]) -> dict[str, int]:
     from lopd_megatron.cli import apply_override
     from lopd_megatron.config import RunConfig
     from lopd_megatron.data.loader import StepBatch
-    from lopd_megatron.model.config import student_spec
     from lopd_megatron.model.student import StudentModel, build_student
+    from lopd_megatron.model.student_spec import student_spec
     from lopd_megatron.parallel import topology as grid
     from lopd_megatron.train import setup
     from lopd_megatron.train.state import Trainer

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from lopd_megatron.config import RunConfig
-from lopd_megatron.model.config import student_spec
+from lopd_megatron.model.student_spec import student_spec
 from lopd_megatron.parallel import topology as grid
 from tests.distributed.tiny_hf import FAMILIES, save_model
 from tests.distributed.world import run_world

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from lopd_megatron.config import RunConfig
-from lopd_megatron.model.config import student_spec
 from lopd_megatron.model.names import weight_table
 from lopd_megatron.model.safetensors_writer import SafetensorsWriter, TensorPlan
+from lopd_megatron.model.student_spec import student_spec
 
 HF = {
     "model_type": "qwen3",
@@ -36,7 +36,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from lopd_megatron.config import RunConfig
-from lopd_megatron.model.config import student_spec
+from lopd_megatron.model.student_spec import student_spec
 from lopd_megatron.parallel import topology
 config = RunConfig(); config.train.precision = "fp32"
 topology.initialize(config.parallel, seed=1)

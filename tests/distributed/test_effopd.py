@@ -48,7 +48,7 @@ EFFOPD = {
 
 
 def hook_for(config: RunConfig) -> Any:
-    from lopd_megatron.launch.effopd import effopd_hooks
+    from lopd_megatron.effopd.trainer_scores import effopd_hooks
 
     (hook,) = effopd_hooks(config, [])
     return hook
@@ -67,7 +67,7 @@ def extrapolate(out: str, cases: list[tuple[str, str, dict[str, Any]]]) -> dict[
     `cases`: (inputs, name, settings). Returns the held-out score of the student and of both points.
     """
     from lopd_megatron.effopd.optimizer_shards import publish
-    from lopd_megatron.launch.effopd import HeldOutForward
+    from lopd_megatron.effopd.trainer_scores import HeldOutForward
     from lopd_megatron.model.weights import load_hf
 
     scores = {}

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from lopd_megatron.config import RunConfig
-from lopd_megatron.model.config import student_spec
+from lopd_megatron.model.student_spec import student_spec
 from lopd_megatron.parallel import topology as grid
 from tests.distributed.tiny_hf import documents, reference_logits, save_model
 from tests.distributed.world import run_world

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from lopd_megatron.config import RunConfig
 from lopd_megatron.loss.fused_head import HeadRows, fused_head
 from lopd_megatron.loss.objectives import TokenLoss
-from lopd_megatron.model.config import student_spec
+from lopd_megatron.model.student_spec import student_spec
 from lopd_megatron.parallel import topology as grid
 from lopd_megatron.parallel.vocab import VocabRange
 from tests.distributed.world import run_world
@@ -110,7 +110,7 @@ def next_token_loss(logprobs: torch.Tensor, rows: slice) -> TokenLoss:
 
 def measure(hf: dict, changes: dict[str, Any]) -> tuple[float, float]:
     """(predicted, measured) bytes of this rank at the peak of a step."""
-    from lopd_megatron.model.memory import estimate_stage
+    from lopd_megatron.model.memory_estimate import estimate_stage
     from lopd_megatron.model.student import build_student
     from lopd_megatron.model.verify import pack_documents
     from lopd_megatron.train.setup import build_optimizer, wrap_model

@@ -91,8 +91,8 @@ def train_online(inputs: str, run_dir: str, overlap: int, topk: int, student: st
     """A whole run: what the student was asked with, and what each step reported."""
     from lopd_megatron.errors import UserError
     from lopd_megatron.inference.requests import Sampling
-    from lopd_megatron.launch.online import Engines, OnlineRollouts, Prompt
     from lopd_megatron.loss import finalize_report
+    from lopd_megatron.online.batches import Engines, OnlineRollouts, Prompt
     from lopd_megatron.parallel import topology as grid
     from lopd_megatron.train.loop import train
     from lopd_megatron.train.setup import build_trainer
@@ -110,7 +110,7 @@ def train_online(inputs: str, run_dir: str, overlap: int, topk: int, student: st
     config.online.overlap_steps = overlap
     config.online.sync_tolerance = 1e-4
     if topk:
-        config.loss.objective, config.loss.topk, config.scoring.topk = "topk_reverse_kl", topk, topk
+        config.loss.objective, config.loss.topk, config.scores.topk = "topk_reverse_kl", topk, topk
     prompts = [Prompt(str(i), [1 + i, 2, 3][: 1 + i % 3]) for i in range(7)]
     engines = None
     if torch.distributed.get_rank() == 0:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from lopd_megatron.config import RunConfig
 from lopd_megatron.model.attention import zigzag_positions
-from lopd_megatron.model.config import student_spec
+from lopd_megatron.model.student_spec import student_spec
 from lopd_megatron.parallel import topology as grid
 from lopd_megatron.records import MicroBatch
 from tests.distributed.world import run_world

@@ -55,7 +55,7 @@ def tiny_config(inputs: Path, run_dir: Path, **settings: Any) -> RunConfig:
     config.model.student = str(inputs / "student")
     config.data.prefixes = [str(inputs / "train")]
     config.run_dir = str(run_dir)
-    config.prompts.max_prompt_tokens, config.rollout.max_response_tokens = 4, 36
+    config.prompts.max_prompt_tokens, config.rollouts.max_response_tokens = 4, 36
     config.data.seq_length = 64
     config.train.precision = "fp32"
     config.train.global_batch_size = 12

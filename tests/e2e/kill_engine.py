@@ -20,13 +20,13 @@ import numpy as np
 
 from lopd_megatron.config import EngineConfig, RunConfig
 from lopd_megatron.imports import quick_imports
-from lopd_megatron.inference import stages
 from lopd_megatron.inference.engine import CPU_ENVIRONMENT, QUIET_ENVIRONMENT
-from lopd_megatron.inference.prompts import run_prompts
+from lopd_megatron.rollouts import programs
+from lopd_megatron.rollouts.prompts import run_prompts
 from tests.e2e.random_models import VOCABULARY, save_model
-from tests.unit.inference.pipeline import hashes
+from tests.unit.rollouts.pipeline import hashes
 
-STAGES = {"rollouts": stages.run_rollouts, "scored": stages.run_scoring}
+STAGES = {"rollouts": programs.run_rollouts, "scores": programs.run_scoring}
 
 
 def make_config(root: Path, run: str) -> RunConfig:
@@ -36,9 +36,9 @@ def make_config(root: Path, run: str) -> RunConfig:
     config.prompts.apply_chat_template = False
     config.prompts.num_shards = 12
     config.prompts.max_prompt_tokens = 40
-    config.rollout.max_response_tokens = 100
-    config.rollout.num_samples_per_prompt = 2
-    for section in (config.rollout, config.scoring):
+    config.rollouts.max_response_tokens = 100
+    config.rollouts.num_samples_per_prompt = 2
+    for section in (config.rollouts, config.scores):
         section.engine = EngineConfig(max_model_len=150, max_num_seqs=8, max_num_batched_tokens=256)
     return config
 
@@ -60,10 +60,10 @@ def main(root: Path, kills: dict[str, int]) -> None:
         import vllm.v1.worker.cpu_worker  # noqa: F401
     done, killed = 0, dict.fromkeys(STAGES, 0)
     for name, stage in STAGES.items():
-        _wait(_fork(lambda stage=stage: stage(runs["undisturbed"], stages.Share())))  # type: ignore[misc]
+        _wait(_fork(lambda stage=stage: stage(runs["undisturbed"], programs.Share())))  # type: ignore[misc]
         folder = root / "killed" / name
         for _ in range(kills[name]):
-            child = _fork(lambda stage=stage: stage(runs["killed"], stages.Share()))  # type: ignore[misc]
+            child = _fork(lambda stage=stage: stage(runs["killed"], programs.Share()))  # type: ignore[misc]
             before = _committed(folder)
             while _committed(folder) == before and _is_running(child):
                 time.sleep(0.002)
@@ -72,7 +72,7 @@ def main(root: Path, kills: dict[str, int]) -> None:
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
                 killed[name] += 1
-        _wait(_fork(lambda stage=stage: stage(runs["killed"], stages.Share())))  # type: ignore[misc]
+        _wait(_fork(lambda stage=stage: stage(runs["killed"], programs.Share())))  # type: ignore[misc]
         done += _committed(folder)
     same = hashes(root / "undisturbed") == hashes(root / "killed")
     print(json.dumps({"killed": killed, "shards": done, "same": same}))
@@ -104,4 +104,4 @@ def _wait(child: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), {"rollouts": int(sys.argv[2]), "scored": int(sys.argv[3])})
+    main(Path(sys.argv[1]), {"rollouts": int(sys.argv[2]), "scores": int(sys.argv[3])})

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from lopd_megatron.data.manifest import read_manifest
-from lopd_megatron.lineage import Lineage, model_fingerprint, tokenizer_fingerprint, write_model_lineage
+from lopd_megatron.fingerprints import model_fingerprint, tokenizer_fingerprint
+from lopd_megatron.lineage import Lineage, write_model_lineage
 from tests.unit.data.qwen import PROMPT, sample_rollouts, save_qwen
 from tests.unit.data.samples import row, save_vocabulary, write_shards
 
@@ -56,7 +57,7 @@ class Run:
             )
             for sample in sample_rollouts(self.student, 8)
         ]
-        write_shards(self.folder / "run" / "scored", [rows[:5], rows[5:]], lineage=lineage)
+        write_shards(self.folder / "run" / "scores", [rows[:5], rows[5:]], lineage=lineage)
 
     def tool(self, name: str, *arguments: str, recipe: bool = True) -> int:
         given = ["--recipe", f"{self.folder}/recipe.py:opd"] if recipe else []

@@ -11,9 +11,7 @@ import pytest
 import torch
 
 from lopd_megatron.config import EngineConfig
-from lopd_megatron.inference import shards
 from lopd_megatron.inference.engine import VllmEngine, _lost_engines, take_apart_closed
-from lopd_megatron.inference.prompts import prompt_id, write_prompts
 from lopd_megatron.inference.requests import (
     Failure,
     Generation,
@@ -23,12 +21,14 @@ from lopd_megatron.inference.requests import (
     ScoreRequest,
     document_seed,
 )
-from lopd_megatron.inference.rollouts import RolloutStage
 from lopd_megatron.inference.score_paths import choose_path
-from lopd_megatron.inference.scoring import score_tokens
-from lopd_megatron.inference.worker import Worker
 from lopd_megatron.lineage import Lineage
 from lopd_megatron.records import ROLLOUT_SCHEMA
+from lopd_megatron.rollouts import shard_files
+from lopd_megatron.rollouts.prompts import prompt_id, write_prompts
+from lopd_megatron.rollouts.rollout_stage import RolloutJob
+from lopd_megatron.rollouts.score_stage import score_tokens
+from lopd_megatron.rollouts.worker import Worker
 from tests.e2e.random_models import EOS, MAX_POSITIONS, VOCABULARY, reference, save_model
 
 pytestmark = pytest.mark.vllm
@@ -154,7 +154,7 @@ def generator(
     prompts = [[5 + i, 6, 7] for i in range(20)]
     rows = [{"prompt_id": prompt_id(p), "prompt_tokens": p, "answer": None, "source": ""} for p in prompts]
     write_prompts(root / "prompts", rows, 2, Lineage())
-    work = Worker(RolloutStage(SAMPLING, 1, 7, Lineage()), root / "prompts", root / "rollouts", 2)
+    work = Worker(RolloutJob(SAMPLING, 1, 7, Lineage()), root / "prompts", root / "rollouts", 2)
     scorer._step = out_of_memory_after(scorer._step, 30)  # type: ignore[method-assign]
 
     def open_engine(config: EngineConfig) -> VllmEngine:
@@ -183,7 +183,7 @@ def out_of_memory_after(step: Callable[[], list], steps: int) -> Callable[[], li
 
 def test_out_of_memory_opens_a_smaller_engine(generator: VllmEngine) -> None:
     folder = generator.rollouts_after_oom  # type: ignore[attr-defined]
-    rows = [row for i in range(2) for row in shards.read_table(folder, i, ROLLOUT_SCHEMA).to_pylist()]
+    rows = [row for i in range(2) for row in shard_files.read_table(folder, i, ROLLOUT_SCHEMA).to_pylist()]
     assert len({row["document_id"] for row in rows}) == len(rows) == 20
     requests = [
         GenerationRequest((0, i), row["prompt_tokens"], document_seed(7, row["document_id"]))

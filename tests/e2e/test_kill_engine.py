@@ -24,6 +24,6 @@ def test_killed_stages_go_on_and_the_shards_are_the_same(tmp_path: Path) -> None
     )
     assert run.returncode == 0, run.stderr[-3000:]
     result = json.loads(run.stdout.splitlines()[-1])
-    assert result["killed"] == {"rollouts": 3, "scored": 2}, result
+    assert result["killed"] == {"rollouts": 3, "scores": 2}, result
     assert result["shards"] == 24, result
     assert result["same"], result

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from lopd_megatron.cli import load_recipe
-from lopd_megatron.launch.servers import VllmServer
+from lopd_megatron.inference.server import VllmServer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,8 +71,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def servers(root: Path) -> Iterator[tuple[VllmServer, VllmServer]]:
     config = load_recipe(f"{root}/recipes.py:calm")
     with (
-        VllmServer("student", config.model.student, config.rollout.engine, root / "student.log") as student,
-        VllmServer("teacher", config.model.teacher, config.scoring.engine, root / "teacher.log") as teacher,
+        VllmServer("student", config.model.student, config.rollouts.engine, root / "student.log") as student,
+        VllmServer("teacher", config.model.teacher, config.scores.engine, root / "teacher.log") as teacher,
     ):
         student.wait()
         teacher.wait()

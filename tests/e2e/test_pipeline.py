@@ -18,7 +18,7 @@ from recipes import tiny
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
 
-SFT = (sys.executable, "-m", "lopd_megatron.launch", "--stages=prompts,rollouts,build,train,export")
+SFT = (sys.executable, "-m", "lopd_megatron.launch", "--stages=prompts,rollouts,dataset,train,export")
 RECIPES = """
 from lopd_megatron.config import RunConfig
 from recipes import tiny
@@ -100,7 +100,7 @@ def test_every_stage_left_its_files(pipeline: Path) -> None:
     opd = pipeline / "lightning_opd"
     rollouts, scored = (
         [row for i in (0, 1) for row in pq.read_table(opd / part / f"shard-0000{i}.parquet").to_pylist()]
-        for part in ("rollouts", "scored")
+        for part in ("rollouts", "scores")
     )
     assert len(rollouts) == 200
     for before, after in zip(rollouts, scored, strict=True):

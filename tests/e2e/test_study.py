@@ -19,9 +19,9 @@ import shutil, sys
 from pathlib import Path
 from lopd_megatron.files import write_json
 from lopd_megatron.inference.requests import ScoreRequest
-from lopd_megatron.launch.study import StudyRunner
-from lopd_megatron.launch.workbench import LocalModel
-from recipes.tiny_study import Study
+from lopd_megatron.study.runner import StudyRunner
+from lopd_megatron.study.workbench import LocalModel
+from recipes.study.tiny import Study
 
 study = Study(0, sys.argv[1])
 problems = f"{study.models}/task/problems"
@@ -77,7 +77,7 @@ def test_every_cell_is_measured_with_its_cost(root: Path) -> None:
     for name in CELLS:
         result = json.loads((root / "seed_0" / name / "result.json").read_text())
         assert set(result["test"]) == {"greedy", "sampled", "reverse_kl"}
-        stages = {"generate", "score", "sync"} if name == "standard" else {"rollouts", "score", "build"}
+        stages = {"generate", "scores", "sync"} if name == "standard" else {"rollouts", "scores", "dataset"}
         assert set(result["seconds"]) == stages | {"train"}
         assert all(seconds >= 0 for seconds in result["seconds"].values())
         assert [point["iteration"] for point in result["curve"]] == [5]
@@ -91,8 +91,8 @@ def test_new_weights_under_an_old_name_are_read_again(root: Path) -> None:
 
 
 def test_the_report_comes_from_the_results(root: Path, tmp_path: Path) -> None:
-    from lopd_megatron.launch.study_report import collect, write_report
-    from recipes.tiny_study_claims import CLAIMS
+    from lopd_megatron.study.report import collect, write_report
+    from recipes.study.claims import CLAIMS
 
     results = collect(root, tmp_path / "study" / "results.json", lambda result: True)
     groups = {"Core: a": ["sft", "lightning", "standard", "more_sft"]}

@@ -22,7 +22,7 @@ FAMILIES = {"qwen3": QWEN3, "llama31": LLAMA31, "mixture": MOE}
 
 def run(family: str, attention: str, precision: str) -> dict[str, torch.Tensor]:
     """Hidden states, and the gradient of every parameter by its name in the table, float32 on the CPU."""
-    from lopd_megatron.model.config import student_spec
+    from lopd_megatron.model.student_spec import student_spec
     from lopd_megatron.model.weights import named_parameters
     from lopd_megatron.parallel import topology as grid
     from lopd_megatron.train.step import on_device
@@ -66,7 +66,7 @@ def error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_backend_equals_the_cpu_path(family: str) -> None:
-    from lopd_megatron.model.config import _has_transformer_engine
+    from lopd_megatron.model.student_spec import _has_transformer_engine
 
     if family == "mixture":
         # In bfloat16 a token near the border between two experts may be routed to either.
@@ -89,7 +89,7 @@ def test_every_backend_equals_the_cpu_path(family: str) -> None:
 
 
 def test_float32_has_no_packed_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lopd_megatron.model.config import attention_backend
+    from lopd_megatron.model.student_spec import attention_backend
 
     assert attention_backend("auto", "fp32") == "sdpa"
     assert attention_backend("auto", "bf16") in ("varlen", "transformer_engine")

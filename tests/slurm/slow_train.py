@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from lopd_megatron import cli
-from lopd_megatron.train.abort import run_rank
+from lopd_megatron.train.run_rank import run_rank
 
 
 def main() -> int:

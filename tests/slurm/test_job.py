@@ -27,7 +27,7 @@ touch "shard$i"
 """,
     )
     array = submit("rollouts", worker, options=("--array=0,1,3",))
-    after = submit("build", "ls", str(tmp_path), options=(f"--dependency=afterok:{array}",))
+    after = submit("dataset", "ls", str(tmp_path), options=(f"--dependency=afterok:{array}",))
 
     assert lab.wait(after)["JobState"] == "COMPLETED"  # afterok waited for the retry
     assert [lab.job(f"{array}_{i}")["Restarts"] for i in (0, 1, 3)] == ["0", "1", "0"]

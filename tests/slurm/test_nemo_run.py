@@ -27,7 +27,7 @@ def test_the_slurm_executor_runs_the_chain(lab: SlurmLab, tiny: Path) -> None:
     command = [*LAUNCH, "--executor=slurm", *overrides]
     result = lab.run(command, cwd=ROOT, env=ODD_SITE, timeout_s=900, check=False)
     assert result.returncode == 0, result.stdout
-    for product in ("prompts", "rollouts", "scored"):
+    for product in ("prompts", "rollouts", "scores"):
         assert (run / product / "shard-00001.json").exists(), product
     assert (run / "hf/model.safetensors").exists()
     assert len(list((run / "evaluation").glob("*.json"))) == 1

@@ -17,7 +17,7 @@ from tests.slurm.conftest import RECIPE, ROOT, Chain
 from tests.slurm.lab import SlurmLab
 
 ITERATIONS = 40
-STAGES = ["prompts", "rollouts", "score", "build", "train", "export", "evaluate"]
+STAGES = ["prompts", "rollouts", "scores", "dataset", "train", "export", "evaluate"]
 
 
 def iteration(run: Path) -> int:
@@ -34,7 +34,7 @@ def test_the_chain_runs_to_its_end(chain: Chain, tiny: Path) -> None:
     assert list(chain) == STAGES
     assert {name: job["JobState"] for name, job in chain.items()} == dict.fromkeys(STAGES, "COMPLETED")
     run = tiny / "opd"
-    rows = sum(pq.read_metadata(shard).num_rows for shard in (run / "scored").glob("shard-*.parquet"))
+    rows = sum(pq.read_metadata(shard).num_rows for shard in (run / "scores").glob("shard-*.parquet"))
     assert rows == 16
     assert iteration(run) == ITERATIONS
     assert json.loads((run / "evaluation/opd.json").read_text())["accuracy"] >= 0

@@ -45,9 +45,9 @@ def test_override(argv: list[str], key: str, value: object) -> None:
         (["loss"], "section.key=value"),
         (["loss=1"], "is a section"),
         (["loss.objective=topk_jsd"], "loss.topk"),
-        (["loss.topk=4"], "scoring.topk"),
+        (["loss.topk=4"], "scores.topk"),
         (["data.seq_length=16"], "does not fit a packed row"),
-        (["rollout.engine.max_model_len=20"], "rollout.engine.max_model_len=20"),
+        (["rollouts.engine.max_model_len=20"], "rollouts.engine.max_model_len=20"),
     ],
 )
 def test_a_bad_value_is_named(argv: list[str], message: str) -> None:
@@ -85,5 +85,5 @@ def test_resolved_config_reads_back(tmp_path: Path) -> None:
 
 
 def test_recipes_do_not_share_state() -> None:
-    first = parse("rollout.engine.max_num_seqs=7")
-    assert parse().rollout.engine.max_num_seqs != first.rollout.engine.max_num_seqs
+    first = parse("rollouts.engine.max_num_seqs=7")
+    assert parse().rollouts.engine.max_num_seqs != first.rollouts.engine.max_num_seqs

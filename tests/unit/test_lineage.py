@@ -10,14 +10,8 @@ from safetensors.numpy import load_file, save_file
 
 from lopd_megatron import lineage
 from lopd_megatron.errors import UserError
-from lopd_megatron.lineage import (
-    Lineage,
-    check_consistency,
-    model_fingerprint,
-    read_model_lineage,
-    tokenizer_fingerprint,
-    write_model_lineage,
-)
+from lopd_megatron.fingerprints import model_fingerprint, tokenizer_fingerprint
+from lopd_megatron.lineage import Lineage, check_consistency, read_model_lineage, write_model_lineage
 from tests.unit.data.samples import save_model, save_vocabulary
 
 

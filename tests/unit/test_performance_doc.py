@@ -22,7 +22,7 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_the_page_holds_what_the_files_say(tool: Any) -> None:
     text = (ROOT / "docs" / "performance.md").read_text()
-    assert tool("bench_page").with_tables(text) == text, "run: python tools/bench_page.py"
+    assert tool("bench_page").with_tables(text) == text, "run: python tools/bench/bench_page.py"
 
 
 def test_a_changed_figure_is_found(tool: Any) -> None:

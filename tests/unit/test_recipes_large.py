@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import UserError
-from lopd_megatron.model.config import student_spec
-from lopd_megatron.model.memory import OVERHEAD_BYTES, estimate_memory, rank_parameters
+from lopd_megatron.model.memory_estimate import OVERHEAD_BYTES, estimate_memory, rank_parameters
+from lopd_megatron.model.student_spec import student_spec
 from lopd_megatron.parallel import topology as grid
 from recipes import models, paper, qwen3_4b, qwen3_8b, qwen3_30b_a3b, qwen3_32b
 
@@ -105,8 +105,8 @@ def test_hyper_parameters_are_the_papers() -> None:
     assert (config.optimizer.lr, config.optimizer.weight_decay) == (2e-6, 0.1)
     assert (config.optimizer.adam_beta1, config.optimizer.adam_beta2) == (0.9, 0.98)
     assert (config.train.train_iters, config.train.global_batch_size) == (150, 256)
-    assert (config.rollout.temperature, config.rollout.top_p) == (0.8, 1.0)
-    assert config.rollout.max_response_tokens == 4096
+    assert (config.rollouts.temperature, config.rollouts.top_p) == (0.8, 1.0)
+    assert config.rollouts.max_response_tokens == 4096
     assert config.loss.advantage_clip == 10.0
     assert config.model.student == f"{qwen3_8b.sft().run_dir}/hf"
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lopd_megatron.analysis.injection import keep_components, layer_window, spectral_part, write_model
 from lopd_megatron.analysis.modules import Module, module_of
-from lopd_megatron.analysis.report import write_report
+from lopd_megatron.analysis.output import write_report
 from lopd_megatron.analysis.summary import summarize
 from lopd_megatron.analysis.updates import Settings, analyze, rounding_norm
 from lopd_megatron.errors import UserError

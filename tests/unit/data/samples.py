@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lopd_megatron.data.build import Document
+from lopd_megatron.data.build_dataset import Document
 from lopd_megatron.files import sha256_file
 from lopd_megatron.lineage import Lineage
-from lopd_megatron.records import ROLLOUT_SCHEMA, SCHEMA_VERSION, SCORED_SCHEMA
+from lopd_megatron.records import ROLLOUT_SCHEMA, SCHEMA_VERSION, SCORE_SCHEMA
 
 VOCABULARY = 200_000  # more than 16 bits
 
@@ -84,11 +84,11 @@ def write_shards(
     folder: Path,
     shards: Sequence[Sequence[dict[str, Any]]],
     *,
-    kind: str = "scored",
+    kind: str = "scores",
     lineage: Lineage | None = None,
 ) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    schema = SCORED_SCHEMA if kind == "scored" else ROLLOUT_SCHEMA
+    schema = SCORE_SCHEMA if kind == "scores" else ROLLOUT_SCHEMA
     for index, rows in enumerate(shards):
         path = folder / f"shard-{index:05d}.parquet"
         kept = [{name: value[name] for name in schema.names} for value in rows]

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from lopd_megatron.data.alignment import Sample, Scorer, compare, refuse_misaligned, sample_indices
-from lopd_megatron.data.build import build_dataset
+from lopd_megatron.data.build_dataset import build_dataset
 from lopd_megatron.data.filters import Filters
-from lopd_megatron.data.hf_scorer import hf_scorer
 from lopd_megatron.data.manifest import read_manifest
 from lopd_megatron.errors import UserError
+from lopd_megatron.inference.hf_scorer import hf_scorer
 from tests.unit.data.qwen import PROMPT, RESPONSE, sample_rollouts, save_qwen
 from tests.unit.data.samples import row, write_shards
 
@@ -81,7 +81,7 @@ def test_misplaced_values(
     report = compare(damage(samples), scorer, TOLERANCE)
     assert diagnosis in report.diagnosis
     with pytest.raises(UserError, match=f"scored: the generating model does not find .*{diagnosis}"):
-        refuse_misaligned(report, "scored")
+        refuse_misaligned(report, "scores")
 
 
 def test_another_temperature(models: tuple[Path, Path], scorer: Scorer) -> None:
@@ -145,7 +145,7 @@ def test_the_build_keeps_the_proof_or_refuses(
         )
         for s in samples
     ]
-    folder = write_shards(tmp_path / "scored", [rows])
+    folder = write_shards(tmp_path / "scores", [rows])
 
     def build() -> None:
         build_dataset(

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lopd_megatron.data.build import write_dataset
+from lopd_megatron.data.build_dataset import write_dataset
 from lopd_megatron.data.manifest import Manifest, read_manifest
 from lopd_megatron.data.store import open_dataset
 from lopd_megatron.errors import UserError
-from lopd_megatron.lineage import Lineage, check_consistency, model_fingerprint, tokenizer_fingerprint
+from lopd_megatron.fingerprints import model_fingerprint, tokenizer_fingerprint
+from lopd_megatron.lineage import Lineage, check_consistency
 from tests.unit.data.samples import documents, save_model, save_vocabulary
 
 Fault = Callable[[Path, np.random.Generator], str]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lopd_megatron.data.build import write_dataset
+from lopd_megatron.data.build_dataset import write_dataset
 from lopd_megatron.data.inspection import document_lines
 from lopd_megatron.data.store import open_dataset
 from lopd_megatron.lineage import Lineage

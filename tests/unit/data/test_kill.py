@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lopd_megatron.data.build import build_dataset, write_dataset
+from lopd_megatron.data.build_dataset import build_dataset, write_dataset
 from lopd_megatron.data.filters import Filters
 from lopd_megatron.data.manifest import manifest_path
 from lopd_megatron.data.store import open_dataset
@@ -53,7 +53,7 @@ def die_at(
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     return write_shards(
-        tmp_path_factory.mktemp("source") / "scored", [random_rows(rng, 6, f"{i}-") for i in range(3)]
+        tmp_path_factory.mktemp("source") / "scores", [random_rows(rng, 6, f"{i}-") for i in range(3)]
     )
 
 

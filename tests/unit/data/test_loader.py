@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lopd_megatron.data.build import Document, write_dataset
+from lopd_megatron.data.build_dataset import Document, write_dataset
 from lopd_megatron.data.loader import FIELDS, StepBatch, StepLoader, zigzag_indices
 from lopd_megatron.data.store import Dataset, open_dataset
 from lopd_megatron.errors import UserError

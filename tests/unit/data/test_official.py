@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer, processors
 
-from lopd_megatron.data.build import build_from
+from lopd_megatron.data.build_dataset import build_from
 from lopd_megatron.data.filters import Filters
 from lopd_megatron.data.manifest import Manifest
 from lopd_megatron.data.official import OfficialFile, prompt_tokenizer

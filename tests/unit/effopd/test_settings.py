@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from lopd_megatron import cli
 from lopd_megatron.config import RunConfig
 from lopd_megatron.effopd.optimizer_shards import is_selected
 from lopd_megatron.errors import UserError
@@ -74,23 +73,3 @@ def test_good_settings_pass() -> None:
 def test_settings_that_cannot_work_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         config(**settings).check()
-
-
-def test_the_program_that_trains_follows_the_setting() -> None:
-    """Each of the two refuses the other's runs, so that EffOPD is neither forgotten nor idle."""
-    from lopd_megatron.launch import train_effopd
-    from lopd_megatron.launch.stages import stages
-    from lopd_megatron.train import __main__ as train
-
-    held_out = ["effopd.enabled=true", "data.valid_prefixes=[held_out]"]
-    recipe = ["--recipe", f"{ROOT}/recipes/tiny.py:lightning_opd_topk"]
-    for overrides, right, wrong in (([], train, train_effopd), (held_out, train_effopd, train)):
-        parsed, _ = cli.parse(cli.parser(None), [*recipe, *overrides])
-        (command,) = [stage.command for stage in stages(parsed, recipe[1]) if stage.name == "train"]
-        module = "lopd_megatron.train" if right is train else right.__name__
-        assert module in command
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sys.argv", ["train", *recipe, *overrides, "--dry-run"])
-            assert right.main() == 0
-            with pytest.raises(UserError, match=r"effopd\.enabled"):
-                wrong.main()

@@ -8,9 +8,9 @@ import pytest
 from lopd_megatron.config import EngineConfig
 from lopd_megatron.errors import UserError
 from lopd_megatron.inference.score_paths import choose_path, sample_requests
-from lopd_megatron.inference.scoring import score_tokens
 from lopd_megatron.inference.sizes import ModelShape, check_fits, cpu_kv_cache_bytes, scoring_batch_tokens
-from tests.unit.inference.fake_engine import FakeEngine, fake_logprob
+from lopd_megatron.rollouts.score_stage import score_tokens
+from tests.unit.rollouts.fake_engine import FakeEngine, fake_logprob
 
 
 def test_the_fastest_path_that_agrees() -> None:
@@ -22,7 +22,7 @@ def test_the_fastest_path_that_agrees() -> None:
 
 
 def test_a_path_asked_for_must_agree() -> None:
-    with pytest.raises(UserError, match=r"scoring.path=flat failed its self-test: differs .* nats"):
+    with pytest.raises(UserError, match=r"scores.path=flat failed its self-test: differs .* nats"):
         choose_path(FakeEngine(shift={"flat": 1}), "flat", 0, 64)
     with pytest.raises(UserError, match="native gives no top-k"):
         choose_path(FakeEngine(), "native", 4, 64)

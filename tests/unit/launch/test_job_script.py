@@ -84,11 +84,11 @@ def test_with_and_without_a_container(shell: Shell) -> None:
 
 
 def test_a_stage_in_folders_with_blanks(shell: Shell) -> None:
-    result = shell.run("slurm/build.sbatch", "python", "a tool.py", LOPD_LOGS="some logs")
+    result = shell.run("slurm/dataset.sbatch", "python", "a tool.py", LOPD_LOGS="some logs")
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1].endswith("job 7 attempt 0: done")
-    assert "--output=some logs/build/7.0/node-%n.log\npython\na tool.py\n" in result.stdout
-    assert (shell.checkout / "some logs/build/latest").readlink() == Path("7.0")
+    assert "--output=some logs/dataset/7.0/node-%n.log\npython\na tool.py\n" in result.stdout
+    assert (shell.checkout / "some logs/dataset/latest").readlink() == Path("7.0")
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_a_stage_in_folders_with_blanks(shell: Shell) -> None:
 def test_what_sites_write_into_env_sh(shell: Shell, line: str, code: int) -> None:
     """What works in a login shell works; what fails ends the job before anything has run."""
     shell.edit_env(line)
-    for program in ("slurm/train.sbatch", "slurm/build.sbatch", "slurm/pipeline.sh"):
+    for program in ("slurm/train.sbatch", "slurm/dataset.sbatch", "slurm/pipeline.sh"):
         shell.program("python", PRINT_ARGUMENTS)
         job = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "LOPD_HEALTH_CHECK": "0"}
         result = shell.run(program, "a command", **job)
@@ -111,7 +111,7 @@ def test_what_sites_write_into_env_sh(shell: Shell, line: str, code: int) -> Non
 
 
 def test_logs_that_cannot_be_written_end_the_job(shell: Shell) -> None:
-    result = shell.run("slurm/build.sbatch", "true", LOPD_LOGS="/dev/null")
+    result = shell.run("slurm/dataset.sbatch", "true", LOPD_LOGS="/dev/null")
     assert result.returncode == 1
     assert "done" not in result.stdout
 
@@ -145,4 +145,4 @@ def test_a_controller_that_does_not_answer_at_once(shell: Shell) -> None:
 
 def test_a_warning_during_the_requeue_changes_nothing(shell: Shell) -> None:
     shell.program("srun", "exit 85\n")
-    assert shell.run("slurm/build.sbatch", "true").returncode == 85
+    assert shell.run("slurm/dataset.sbatch", "true").returncode == 85

@@ -130,7 +130,7 @@ def test_golden_nemo_run_64_gpus() -> None:
     A process of its own: nemo_run reads NEMORUN_HOME at import, and takes seconds to import.
     """
     command = [sys.executable, "-m", "lopd_megatron.launch", "--executor", "slurm", "--recipe", RUNS[1]]
-    arguments = ["--dryrun", "--stages=score,train", *LAYOUT_64, *SITE, *SSH]
+    arguments = ["--dryrun", "--stages=scores,train", *LAYOUT_64, *SITE, *SSH]
     result = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True)
     assert not (ROOT / "runs/qwen3_32b").exists()
     text = re.sub(r"(lightning_opd)_\d{10,}", r"\1_ID", result.stdout)
@@ -146,5 +146,5 @@ def test_shell_sbatch_and_nemo_run_show_the_same_commands() -> None:
         assert f"slurm/{stage.name}.sbatch \\\n  {shlex.join(stage.command)})\n" in script
         assert shlex.join(stage.worker_commands()[0]) in shell.lines(found)
     nemo = (HERE / "golden/nemo_run_64gpu.sh").read_text()
-    for stage in chain(RUNS[1:], [*LAYOUT_64, *SITE, *SSH], ["score", "train"]):
+    for stage in chain(RUNS[1:], [*LAYOUT_64, *SITE, *SSH], ["scores", "train"]):
         assert f"cd /remote/lopd\nexec {shlex.join(stage.command)}\n" in nemo

@@ -26,7 +26,7 @@ def names(found: list[Stage]) -> list[str]:
 
 def test_all_stages_in_order_each_after_the_writer_of_its_input() -> None:
     found = stages(run_config(), "r.py:f", ["train.train_iters=3"])
-    assert names(found) == ["prompts", "rollouts", "score", "build", "train", "export", "evaluate"]
+    assert names(found) == ["prompts", "rollouts", "scores", "dataset", "train", "export", "evaluate"]
     for before, stage in itertools.pairwise(found):
         assert stage.after == (before.job,)
     assert shlex.join(found[0].command) == (
@@ -45,10 +45,10 @@ def test_all_stages_in_order_each_after_the_writer_of_its_input() -> None:
 def test_stages_that_the_config_makes_empty_are_left_out() -> None:
     config = run_config()
     config.loss.objective = "sft"
-    assert "score" not in names(stages(config, "r"))
+    assert "scores" not in names(stages(config, "r"))
     config.prompts.input = []
     config.evaluation.input = []
-    assert names(stages(config, "r")) == ["rollouts", "build", "train", "export"]
+    assert names(stages(config, "r")) == ["rollouts", "dataset", "train", "export"]
     config.data.prefixes = ["elsewhere/train"]
     assert names(stages(config, "r")) == ["train", "export"]
 
@@ -61,7 +61,7 @@ def test_standard_opd_trains_right_after_its_prompts() -> None:
     assert found[1].command == ("python", "tools/train_online.py", "--recipe", "r.py:f")
     assert found[1].after == ("r-prompts",)
     config.online.student_url = config.online.teacher_url = "http://host:1"  # servers that run elsewhere
-    assert "lopd_megatron.launch.train_online" in stages(config, "r.py:f")[1].command
+    assert "lopd_megatron.train" in stages(config, "r.py:f")[1].command
 
 
 def test_two_runs_chain_through_their_files() -> None:
@@ -114,8 +114,8 @@ def test_what_cannot_run_is_refused_before_anything_is_submitted() -> None:
     with pytest.raises(UserError, match=r"train.nodes=3 does not divide"):
         stages(config, "r")
     config.launch.stages.train.nodes = 1
-    config.launch.stages.build.array = 2
-    with pytest.raises(UserError, match=r"build.array=2"):
+    config.launch.stages.dataset.array = 2
+    with pytest.raises(UserError, match=r"dataset.array=2"):
         stages(config, "r")
 
 

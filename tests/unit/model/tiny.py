@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lopd_megatron.config import RunConfig
-from lopd_megatron.model.config import StudentSpec, student_spec
+from lopd_megatron.model.student_spec import StudentSpec, student_spec
 
 QWEN3: dict[str, Any] = {
     "model_type": "qwen3",

@@ -12,13 +12,14 @@ import pyarrow as pa
 
 from lopd_megatron.config import Paths
 from lopd_megatron.data.alignment import AlignmentReport, Sample
-from lopd_megatron.data.build import build_dataset
+from lopd_megatron.data.build_dataset import build_dataset
 from lopd_megatron.data.filters import Filters
+from lopd_megatron.evaluation.accuracy import summarize
 from lopd_megatron.files import write_json
-from lopd_megatron.inference.accuracy import summarize
-from lopd_megatron.inference.shards import Kind, write_shard
-from lopd_megatron.lineage import Fingerprint, Lineage, write_model_lineage
-from lopd_megatron.records import PROMPT_SCHEMA, ROLLOUT_SCHEMA, SCORED_SCHEMA
+from lopd_megatron.fingerprints import Fingerprint
+from lopd_megatron.lineage import Lineage, write_model_lineage
+from lopd_megatron.records import PROMPT_SCHEMA, ROLLOUT_SCHEMA, SCORE_SCHEMA
+from lopd_megatron.rollouts.shard_files import Kind, write_shard
 from recipes import tiny, tiny_task
 
 ITERATIONS = 60
@@ -145,7 +146,7 @@ def _write_prompts(run: Paths, lineage: Lineage) -> None:
 def _write_shards(run: Paths, rows: list[dict[str, Any]], lineage: Lineage) -> None:
     stages: list[tuple[Path, pa.Schema, Kind]] = [
         (run.rollouts, ROLLOUT_SCHEMA, "rollouts"),
-        (run.scored, SCORED_SCHEMA, "scored"),
+        (run.scored, SCORE_SCHEMA, "scores"),
     ]
     for folder, schema, kind in stages:
         folder.mkdir(parents=True)

@@ -106,12 +106,12 @@ def test_numbers_are_finite(whole_run: Path) -> None:
     [
         ("metrics.jsonl", "No metrics yet"),
         ("dataset", "No dataset is finished"),
-        ("scored", "no scored rollouts"),
+        ("scores", "no scored rollouts"),
         ("rollouts", "not there yet"),
     ],
 )
 def test_a_run_that_has_not_come_to(run: Path, first: str, named: str) -> None:
-    later = ("rollouts", "scored", "dataset", "metrics.jsonl", "config.json", "hf", "evaluation")
+    later = ("rollouts", "scores", "dataset", "metrics.jsonl", "config.json", "hf", "evaluation")
     for name in later[later.index(first) :]:
         path = run / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -143,7 +143,7 @@ def test_an_sft_run(run: Path) -> None:
     config = json.loads((run / "config.json").read_text())
     config["loss"]["objective"] = "sft"
     (run / "config.json").write_text(json.dumps(config))
-    shutil.rmtree(run / "scored")
+    shutil.rmtree(run / "scores")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     kept = ("iteration", "loss", "entropy", "drift_kl", "lr", "iteration_time_ms")
     (run / "metrics.jsonl").write_text("".join(json.dumps({k: r[k] for k in kept}) + "\n" for r in lines))

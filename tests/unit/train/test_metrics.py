@@ -6,7 +6,7 @@ import torch
 
 from lopd_megatron.config import RunConfig
 from lopd_megatron.train.metrics import JsonLines, open_writers, read_metrics
-from lopd_megatron.train.peak import device_peak_flops
+from lopd_megatron.train.peak_flops import device_peak_flops
 
 
 def iterations(path: Path) -> list[int]:

@@ -9,8 +9,8 @@ import pytest
 
 from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import UserError
-from lopd_megatron.train.abort import out_of_memory_message
 from lopd_megatron.train.profile import ProfileHook
+from lopd_megatron.train.run_rank import out_of_memory_message
 from lopd_megatron.train.validate import ValidateHook
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -19,7 +19,7 @@ RANKS = """
 import os
 import sys
 from lopd_megatron.errors import UserError
-from lopd_megatron.train.abort import run_rank
+from lopd_megatron.train.run_rank import run_rank
 
 class OutOfMemoryError(RuntimeError):
     pass

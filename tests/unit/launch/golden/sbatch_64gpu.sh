@@ -60,7 +60,7 @@ job[2]=$(sbatch --parsable \
   --exclusive \
   --mem=0 \
   --dependency=afterok:"${job[1]}" \
-  slurm/build.sbatch \
+  slurm/dataset.sbatch \
   python tools/build_dataset.py --recipe recipes/qwen3_32b.py:sft parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
 echo qwen3_32b-sft-build "${job[2]}"
 
@@ -167,7 +167,7 @@ job[8]=$(sbatch --parsable \
   --exclusive \
   --mem=0 \
   --dependency=afterok:"${job[7]}" \
-  slurm/score.sbatch \
+  slurm/scores.sbatch \
   python tools/score_rollouts.py --recipe recipes/qwen3_32b.py:lightning_opd parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
 echo qwen3_32b-lightning_opd-score "${job[8]}"
 
@@ -183,7 +183,7 @@ job[9]=$(sbatch --parsable \
   --exclusive \
   --mem=0 \
   --dependency=afterok:"${job[8]}" \
-  slurm/build.sbatch \
+  slurm/dataset.sbatch \
   python tools/build_dataset.py --recipe recipes/qwen3_32b.py:lightning_opd parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
 echo qwen3_32b-lightning_opd-build "${job[9]}"
 

@@ -1,0 +1,30 @@
+"""Documents that were just made, as a dataset: packed and shifted by the same code as those on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lopd_megatron.data.build_dataset import Document, column_of
+from lopd_megatron.data.column_files import checked_cast
+from lopd_megatron.data.store import Dataset, Documents
+from lopd_megatron.records import COLUMNS
+
+
+def memory_dataset(documents: Sequence[Document]) -> Dataset:
+    """A dataset of documents in memory; all must have the columns of the first, and the same k.
+
+    Top-k log-probs are rounded to float16, as on disk. ValueError where another value would change.
+    """
+    first = documents[0]
+    topk = 0 if first.teacher_topk_ids is None else first.teacher_topk_ids.shape[1]
+    values = {
+        name: checked_cast(
+            np.concatenate([column_of(document, name, topk) for document in documents]), column.dtype, name
+        )
+        for name, column in COLUMNS.items()
+        if getattr(first, name) is not None
+    }
+    lengths = np.array([len(document.tokens) for document in documents], np.int32)
+    return Dataset([Documents("documents in memory", values, lengths, topk)])

@@ -1,0 +1,157 @@
+"""The rollout and scoring stages as whole programs: checks first, then one engine for all the shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lopd_megatron.config import EngineConfig, RunConfig
+from lopd_megatron.errors import EXIT_DOCUMENTS_FAILED, UserError
+from lopd_megatron.fingerprints import model_fingerprint
+from lopd_megatron.inference.engine import VllmEngine
+from lopd_megatron.inference.requests import Sampling
+from lopd_megatron.inference.score_paths import choose_path
+from lopd_megatron.lineage import Lineage, check_consistency, read_model_lineage
+from lopd_megatron.progress import say
+from lopd_megatron.rollouts import shard_files
+from lopd_megatron.rollouts.rollout_stage import RolloutJob, stop_token_ids
+from lopd_megatron.rollouts.score_stage import ScoreJob
+from lopd_megatron.rollouts.worker import Stage, Worker
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of a sharded stage one process does, and how many failed documents it accepts."""
+
+    index: int = 0
+    count: int = 1
+    max_failed: int = 0
+
+    @classmethod
+    def parse(cls, text: str, max_failed: int = 0) -> Share:
+        """`2/8` → the third of eight workers."""
+        first, slash, second = text.partition("/")
+        if not (slash and first.isdigit() and second.isdigit() and int(first) < int(second)):
+            raise UserError(f"--worker {text!r} is not I/N with 0 ≤ I < N, as in 0/8")
+        return cls(int(first), int(second), max_failed)
+
+
+def generator_model(config: RunConfig) -> str:
+    return config.model.teacher if config.rollouts.generator == "teacher" else config.model.student
+
+
+def run_rollouts(config: RunConfig, share: Share) -> int:
+    """Prompt shards → rollout shards. Returns the exit code."""
+    rollouts, model, paths = config.rollouts, generator_model(config), config.paths
+    _refuse_missing(model, f"model.{rollouts.generator}")
+    prompts = shard_files.complete_manifests(paths.prompts, "prompts")
+    longest = max(manifest["longest"] for manifest in prompts) + rollouts.max_response_tokens
+    _refuse_too_long(longest, "prompt + rollouts.max_response_tokens", "rollouts", rollouts.engine)
+    stop = stop_token_ids(model, rollouts.stop_token_ids)
+    sampling = Sampling(rollouts.temperature, rollouts.top_p, rollouts.max_response_tokens, stop)
+    lineage = _checked(config, shard_files.lineage_of(paths.prompts, prompts))
+    lineage.generator = model_fingerprint(model)
+    lineage.sampling = {
+        **rollouts.model_dump(mode="json", exclude={"engine", "generator"}),
+        "stop_token_ids": list(stop),
+    }
+    if model == config.model.student:
+        lineage.sft_teacher = read_model_lineage(model).sft_teacher
+    lineage.parents = [shard_files.content_hash(prompts)]
+    stage = RolloutJob(sampling, rollouts.num_samples_per_prompt, rollouts.seed, lineage)
+
+    def open_engine(engine_config: EngineConfig) -> VllmEngine:
+        engine = VllmEngine(
+            model, engine_config, task="generate", trust_remote_code=config.model.trust_remote_code
+        )
+        lineage.engine[stage.kind] = engine.describe()
+        return engine
+
+    return _run(stage, paths.prompts, paths.rollouts, len(prompts), rollouts.engine, open_engine, share)
+
+
+def run_scoring(config: RunConfig, share: Share) -> int:
+    """Rollout shards → scored shards. Returns the exit code."""
+    scores, model, paths = config.scores, config.model.teacher, config.paths
+    _refuse_missing(model, "model.teacher")
+    rollouts = shard_files.complete_manifests(paths.rollouts, "rollouts")
+    longest = max(manifest["longest"] for manifest in rollouts)
+    _refuse_too_long(longest, "the longest rollout", "scores", scores.engine)
+    lineage = _checked(config, shard_files.lineage_of(paths.rollouts, rollouts))
+    lineage.teacher = model_fingerprint(model)
+    lineage.scoring = {"topk": scores.topk}
+    lineage.parents = [shard_files.content_hash(rollouts)]
+    stage = ScoreJob(scores.topk, lineage)
+
+    def open_engine(engine_config: EngineConfig) -> VllmEngine:
+        engine = VllmEngine(
+            model,
+            engine_config,
+            task="score",
+            max_topk=scores.topk,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        stage.path = choose_path(engine, scores.path, scores.topk, engine_config.max_model_len)
+        lineage.engine[stage.kind] = {**engine.describe(), "scoring_path": stage.path}
+        say(f"scoring path: {stage.path}")
+        return engine
+
+    return _run(stage, paths.rollouts, paths.scores, len(rollouts), scores.engine, open_engine, share)
+
+
+def _run(
+    stage: Stage,
+    source_folder: Path,
+    folder: Path,
+    num_shards: int,
+    engine_config: EngineConfig,
+    open_engine: Callable[[EngineConfig], VllmEngine],
+    share: Share,
+) -> int:
+    shard_files.refuse_other_lineage(folder, num_shards, stage.lineage, but=["engine"])
+    done = shard_files.manifests(folder, num_shards)
+    if len(done) == num_shards:
+        say(f"{folder} is complete: {sum(manifest['rows'] for manifest in done)} documents")
+        return _exit_code(sum(manifest["failed"] for manifest in done), folder, share)
+    say(f"{stage.kind}: starting vLLM")
+    engine = open_engine(engine_config)
+    worker = Worker(stage, source_folder, folder, num_shards, worker=(share.index, share.count))
+    failed = worker.run(engine, engine_config, open_engine)
+    worker.engine.close()
+    return _exit_code(failed, folder, share)
+
+
+def _checked(config: RunConfig, data: Lineage) -> Lineage:
+    """The lineage of what a stage reads, after the consistency rules were held."""
+    reason = check_consistency(
+        student=config.model.student or None,
+        teacher=config.model.teacher or None,
+        data=data,
+        objective=config.loss.objective,
+        allow_mismatch=config.lineage.allow_mismatch,
+    )
+    return data.model_copy(update={"allow_mismatch": reason}, deep=True)
+
+
+def _exit_code(failed: int, folder: Path, share: Share) -> int:
+    if failed <= share.max_failed:
+        return 0
+    say(
+        f"{failed} documents were set aside, see {folder}/failed-*.json; delete those shards' .json to "
+        f"try them again, or accept the loss with --max-failed {failed}"
+    )
+    return EXIT_DOCUMENTS_FAILED
+
+
+def _refuse_missing(model: str, setting: str) -> None:
+    if not (Path(model) / "config.json").is_file():
+        raise UserError(f"{setting}={model!r} is not a Hugging Face folder (no config.json); set it to one")
+
+
+def _refuse_too_long(longest: int, what: str, section: str, engine: EngineConfig) -> None:
+    if longest > engine.max_model_len:
+        raise UserError(
+            f"{what} = {longest} tokens is more than {section}.engine.max_model_len={engine.max_model_len}; "
+            f"raise it to at least {longest}"
+        )
