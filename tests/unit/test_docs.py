@@ -94,6 +94,7 @@ def read(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return  # not ours; NeMo-Run's own command line, which tests/slurm runs
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    monkeypatch.syspath_prepend(str(ROOT / "tools" / "bench"))
     monkeypatch.setattr(sys, "argv", [program, *arguments])
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stopping(argparse.ArgumentParser.parse_args))
     monkeypatch.setattr(cli, "parse", stopping(cli.parse))

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lopd_megatron import lineage
+from lopd_megatron import fingerprints
 from lopd_megatron.errors import UserError
 from lopd_megatron.fingerprints import model_fingerprint, tokenizer_fingerprint
-from lopd_megatron.lineage import Lineage, check_consistency, read_model_lineage, write_model_lineage
+from lopd_megatron.lineage import Lineage, check_consistency, read_model_lineage
+from tests.helpers.models import write_model_lineage
 from tests.unit.data.samples import save_model, save_vocabulary
 
 
@@ -79,7 +80,7 @@ def test_what_save_pretrained_rewrites_does_not_count(model: Path) -> None:
 def test_bytes_are_read_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = fingerprint(model)
     with monkeypatch.context() as patch:
-        patch.setattr(lineage, "_hash_safetensors", None)  # a second read would raise
+        patch.setattr(fingerprints, "_hash_safetensors", None)  # a second read would raise
         assert fingerprint(model) == before
     (model / "model.safetensors").touch()  # another modification time: read again, same content
     assert fingerprint(model) == before

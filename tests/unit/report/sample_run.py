@@ -17,10 +17,11 @@ from lopd_megatron.data.filters import Filters
 from lopd_megatron.evaluation.accuracy import summarize
 from lopd_megatron.files import write_json
 from lopd_megatron.fingerprints import Fingerprint
-from lopd_megatron.lineage import Lineage, write_model_lineage
+from lopd_megatron.lineage import Lineage
 from lopd_megatron.records import PROMPT_SCHEMA, ROLLOUT_SCHEMA, SCORE_SCHEMA
 from lopd_megatron.rollouts.shard_files import Kind, write_shard
 from recipes import tiny, tiny_task
+from tests.helpers.models import write_model_lineage
 
 ITERATIONS = 60
 ROLLOUTS = 48
@@ -39,7 +40,7 @@ def sample_run(root: Path, *, seed: int = 0) -> Path:
     _write_prompts(run, data)
     rollouts = _rollouts(rng, ROLLOUTS, spread=1.2)
     _write_shards(run, rollouts, data)
-    build_dataset(run.scored, run.dataset_prefix, filters=Filters(1024), proof=_proof, proof_documents=16)
+    build_dataset(run.scores, run.dataset_prefix, filters=Filters(1024), proof=_proof, proof_documents=16)
     config.dump(run.config)
     lines = "".join(json.dumps(line) + "\n" for line in metric_lines())
     run.metrics.write_text(lines)
@@ -50,7 +51,7 @@ def sample_run(root: Path, *, seed: int = 0) -> Path:
     after = Paths(root / "after")
     own = {"kind": "model", "fingerprint": "d" * 64, "origin": str(run.hf)}
     _write_shards(after, _rollouts(rng, 8, spread=0.3), data.model_copy(update={"generator": own}))
-    jobs = {"rollouts": 61.0, "score": 24.0, "train": 98.0, "build": 7.0}
+    jobs = {"rollouts": 61.0, "scores": 24.0, "train": 98.0, "dataset": 7.0}
     write_json(root / "seconds.json", {f"lightning_opd-{job}": value for job, value in jobs.items()})
     return run.run_dir
 
@@ -146,7 +147,7 @@ def _write_prompts(run: Paths, lineage: Lineage) -> None:
 def _write_shards(run: Paths, rows: list[dict[str, Any]], lineage: Lineage) -> None:
     stages: list[tuple[Path, pa.Schema, Kind]] = [
         (run.rollouts, ROLLOUT_SCHEMA, "rollouts"),
-        (run.scored, SCORE_SCHEMA, "scores"),
+        (run.scores, SCORE_SCHEMA, "scores"),
     ]
     for folder, schema, kind in stages:
         folder.mkdir(parents=True)

@@ -69,8 +69,8 @@ def test_documents_that_failed_and_shards_that_lack(run: RunFolder) -> None:
     shard = run.scored.shards[0] | {"failed": 3, "num_shards": 4}
     broken = dataclasses.replace(run.scored, shards=[shard])
     found = findings(dataclasses.replace(quiet(run), scored=broken))
-    assert found[0].startswith("scored: 1 of 4 shards are finished")
-    assert found[1].startswith("scored: 3 documents failed")
+    assert found[0].startswith("scores: 1 of 4 shards are finished")
+    assert found[1].startswith("scores: 3 documents failed")
 
 
 def test_data(run: RunFolder) -> None:

@@ -48,11 +48,11 @@ job[1]=$(sbatch --parsable \
   python tools/generate_rollouts.py --recipe recipes/qwen3_32b.py:sft parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
 echo qwen3_32b-sft-rollouts "${job[1]}"
 
-mkdir -p runs/qwen3_32b/sft/logs/build
+mkdir -p runs/qwen3_32b/sft/logs/dataset
 job[2]=$(sbatch --parsable \
   --export=ALL \
-  --job-name=qwen3_32b-sft-build \
-  --output=runs/qwen3_32b/sft/logs/build/%j.batch.log \
+  --job-name=qwen3_32b-sft-dataset \
+  --output=runs/qwen3_32b/sft/logs/dataset/%j.batch.log \
   --time=04:00:00 \
   --nodes=1 \
   --account=llm \
@@ -62,7 +62,7 @@ job[2]=$(sbatch --parsable \
   --dependency=afterok:"${job[1]}" \
   slurm/dataset.sbatch \
   python tools/build_dataset.py --recipe recipes/qwen3_32b.py:sft parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
-echo qwen3_32b-sft-build "${job[2]}"
+echo qwen3_32b-sft-dataset "${job[2]}"
 
 mkdir -p runs/qwen3_32b/sft/logs/train
 job[3]=$(sbatch --parsable \
@@ -154,11 +154,11 @@ job[7]=$(sbatch --parsable \
   python tools/generate_rollouts.py --recipe recipes/qwen3_32b.py:lightning_opd parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
 echo qwen3_32b-lightning_opd-rollouts "${job[7]}"
 
-mkdir -p runs/qwen3_32b/lightning_opd/logs/score
+mkdir -p runs/qwen3_32b/lightning_opd/logs/scores
 job[8]=$(sbatch --parsable \
   --export=ALL \
-  --job-name=qwen3_32b-lightning_opd-score \
-  --output=runs/qwen3_32b/lightning_opd/logs/score/%j.batch.log \
+  --job-name=qwen3_32b-lightning_opd-scores \
+  --output=runs/qwen3_32b/lightning_opd/logs/scores/%j.batch.log \
   --time=04:00:00 \
   --nodes=1 \
   --gpus-per-node=8 \
@@ -169,13 +169,13 @@ job[8]=$(sbatch --parsable \
   --dependency=afterok:"${job[7]}" \
   slurm/scores.sbatch \
   python tools/score_rollouts.py --recipe recipes/qwen3_32b.py:lightning_opd parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
-echo qwen3_32b-lightning_opd-score "${job[8]}"
+echo qwen3_32b-lightning_opd-scores "${job[8]}"
 
-mkdir -p runs/qwen3_32b/lightning_opd/logs/build
+mkdir -p runs/qwen3_32b/lightning_opd/logs/dataset
 job[9]=$(sbatch --parsable \
   --export=ALL \
-  --job-name=qwen3_32b-lightning_opd-build \
-  --output=runs/qwen3_32b/lightning_opd/logs/build/%j.batch.log \
+  --job-name=qwen3_32b-lightning_opd-dataset \
+  --output=runs/qwen3_32b/lightning_opd/logs/dataset/%j.batch.log \
   --time=04:00:00 \
   --nodes=1 \
   --account=llm \
@@ -185,7 +185,7 @@ job[9]=$(sbatch --parsable \
   --dependency=afterok:"${job[8]}" \
   slurm/dataset.sbatch \
   python tools/build_dataset.py --recipe recipes/qwen3_32b.py:lightning_opd parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
-echo qwen3_32b-lightning_opd-build "${job[9]}"
+echo qwen3_32b-lightning_opd-dataset "${job[9]}"
 
 mkdir -p runs/qwen3_32b/lightning_opd/logs/train
 job[10]=$(sbatch --parsable \
