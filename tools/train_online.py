@@ -10,6 +10,7 @@ On several nodes start the servers yourself and run `-m lopd_megatron.train` und
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from lopd_megatron import cli
 from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import run_program
 from lopd_megatron.inference.server import VllmServer
+from lopd_megatron.inference.server_key import KEY_VARIABLE, own_key
 from lopd_megatron.launch.stages import processes_per_node
 from lopd_megatron.progress import say
 
@@ -32,17 +34,18 @@ def main() -> int:
     if options.dry_run:
         reads = [config.model.student, config.model.teacher, paths.prompts]
         return cli.dry_run(config, reads, [paths.checkpoints, paths.metrics, paths.online_log, paths.logs])
-    servers = missing_servers(config)
+    key = own_key(config.online.key_file)
+    servers = missing_servers(config, key)
     with contextlib.ExitStack() as stack:
         for server in servers.values():
             stack.enter_context(server)
         for server in servers.values():
             server.wait()
         urls = [f"online.{name}_url={server.url}" for name, server in servers.items()]
-        return train([*training_command(config), *sys.argv[1:], *urls], list(servers.values()))
+        return train([*training_command(config), *sys.argv[1:], *urls], list(servers.values()), key)
 
 
-def missing_servers(config: RunConfig) -> dict[str, VllmServer]:
+def missing_servers(config: RunConfig, key: str) -> dict[str, VllmServer]:
     """The servers that the configuration does not name."""
     online, topk = config.online, max(config.scores.topk, config.loss.topk)
     logs: Path = config.paths.logs
@@ -53,7 +56,10 @@ def missing_servers(config: RunConfig) -> dict[str, VllmServer]:
             config.model.student,
             config.rollouts.engine,
             logs / "student_server.log",
+            task="generate",
+            max_topk=topk,
             devices=online.student_devices,
+            key=key,
         )
     if not online.teacher_url:
         servers["teacher"] = VllmServer(
@@ -61,8 +67,10 @@ def missing_servers(config: RunConfig) -> dict[str, VllmServer]:
             config.model.teacher,
             config.scores.engine,
             logs / "teacher_server.log",
+            task="score",
             max_topk=topk,
             devices=online.teacher_devices,
+            key=key,
         )
     return servers
 
@@ -73,9 +81,9 @@ def training_command(config: RunConfig) -> list[str]:
     return [*launcher, "--nproc-per-node", processes, "-m", "lopd_megatron.train"]
 
 
-def train(command: list[str], servers: list[VllmServer]) -> int:
+def train(command: list[str], servers: list[VllmServer], key: str) -> int:
     """Run the ranks; signals go to them, and a server that dies meanwhile is started again in its place."""
-    training = subprocess.Popen(command)
+    training = subprocess.Popen(command, env=os.environ | {KEY_VARIABLE: key})
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         training.send_signal(number)

@@ -142,8 +142,10 @@ class OnlineConfig(Section):
     overlap_steps: int = Field(default=0, ge=0, le=1)
     """1: the rollouts of the next step are made while this one trains, by weights one update older."""
     student_url: str = ""
-    """A running vLLM server for the student; empty: tools/train_online.py starts one. So for the teacher."""
+    """A running vLLM server for the student; empty: the run starts one. So for the teacher."""
     teacher_url: str = ""
+    key_file: str = ""
+    """File with the key of servers on other nodes, readable by its owner only; `lopd serve` writes it."""
     student_devices: str = ""
     """CUDA_VISIBLE_DEVICES of a server that is started; the training takes those of its own environment."""
     teacher_devices: str = ""

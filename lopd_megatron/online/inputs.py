@@ -9,6 +9,7 @@ from lopd_megatron.errors import UserError
 from lopd_megatron.fingerprints import model_fingerprint, tokenizer_fingerprint
 from lopd_megatron.inference.requests import Sampling
 from lopd_megatron.inference.server_client import ServerClient
+from lopd_megatron.inference.server_key import own_key
 from lopd_megatron.lineage import Lineage, check_consistency, read_model_lineage
 from lopd_megatron.online.batches import Engines, OnlineRollouts, Prompt
 from lopd_megatron.records import PROMPT_SCHEMA
@@ -34,6 +35,7 @@ def connect(config: RunConfig) -> Engines:
         client = ServerClient(
             url,
             f"{name} server",
+            key=own_key(config.online.key_file),
             patience_s=config.online.server_patience_s,
             max_in_flight=2 * config.rollouts.engine.max_num_seqs,
         )

@@ -20,7 +20,7 @@ import numpy as np
 
 from lopd_megatron.config import EngineConfig, RunConfig
 from lopd_megatron.imports import quick_imports
-from lopd_megatron.inference.engine import CPU_ENVIRONMENT, QUIET_ENVIRONMENT
+from lopd_megatron.inference.engine_settings import CPU_ENVIRONMENT, QUIET_ENVIRONMENT
 from lopd_megatron.rollouts import programs
 from lopd_megatron.rollouts.prompts import run_prompts
 from tests.e2e.random_models import VOCABULARY, save_model

@@ -52,7 +52,7 @@ RESUMED = {
     4: {"TP2 PP2": layout(tp=2, pp=2)},
 }
 WORLDS = [
-    pytest.param(n, marks=pytest.mark.skipif(torch.cuda.device_count() < n, reason=f"needs {n} GPUs"))
+    pytest.param(n, marks=pytest.mark.skipif(torch.cuda.device_count() < n, reason=f"needs CUDA: {n} GPUs"))
     for n in (1, 2, 4)
 ]
 EXPONENTIAL_SLACK = 5.0

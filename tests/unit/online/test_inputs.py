@@ -84,4 +84,4 @@ def test_only_one_temperature_is_right(config: RunConfig) -> None:
 
 def test_a_server_of_no_model_is_refused_before_a_process_starts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere"):
-        VllmServer("teacher", str(tmp_path / "nowhere"), EngineConfig(), tmp_path / "log")
+        VllmServer("teacher", str(tmp_path / "nowhere"), EngineConfig(), tmp_path / "log", task="score")
