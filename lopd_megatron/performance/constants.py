@@ -19,7 +19,7 @@ class Constants:
     mxfp8: float = 0.62
     fp4: float = 0.50
     depth: float = 200.0
-    attention: float = 0.50
+    attention: float = 0.60
     memory: float = 0.75
     kernel: float = 5e-6
     grouped: float = 0.70
@@ -37,6 +37,7 @@ class Constants:
     b_power: float = 0.95
     gb200_power: float = 0.95
     step: float = 0.05
+    progress: float = 0.008
 
     @classmethod
     def fitted(cls) -> Constants:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -141,7 +142,8 @@ def _attention(block: Attention, work: Work, device: Device, software: Software,
     met = work.tokens * heads * block.attended(work.length)
     rate = device.gpu.fp8 if software.fp8_attention else device.gpu.bf16
     rate *= device.constants.attention * device.power()
-    forward = met * (2.0 * (block.qk_dim + block.v_dim) / rate + 1.0 / device.gpu.exponentials)
+    products = 2.0 * (block.qk_dim + block.v_dim) / rate  # beside them run the exponentials
+    forward = met * math.hypot(products, 1.0 / device.gpu.exponentials)
     seconds.add("attention", forward, ATTENTION_BACKWARD * forward)
 
 
@@ -156,7 +158,8 @@ def _experts(block: Experts, work: Work, device: Device, software: Software, sec
     for k, n in ((width, inner * (2 if block.gated else 1)), (inner, width)):
         element = ELEMENT_BYTES[work.precision]
         weights = local * k * n
-        moved = device.move(element * (weights + tokens * k) + 2 * tokens * n)
+        output = element if software.fused_experts else 2.0
+        moved = device.move(element * (weights + tokens * k) + output * tokens * n)
         forward = max(device.arithmetic(tokens, k, n, work.precision) / share, moved)
         inputs = max(device.arithmetic(tokens, n, k, work.precision) / share, moved)
         gradient = device.move(element * tokens * (k + n) + 4 * weights)
@@ -179,6 +182,8 @@ def _memory(block: Block, work: Work, device: Device, software: Software, second
         rotated = block.heads * block.qk_dim + block.kv_heads * (block.qk_dim + block.v_dim)
         forward += 2.0 * rotated / work.tp
         backward += 2.0 * rotated / work.tp
+        forward += block.gathered * block.qk_dim
+        backward += 2.0 * block.gathered * block.qk_dim
     elif isinstance(block, Mlp):
         forward += (3.0 if block.gated else 2.0) * block.width / work.tp
         backward += (5.0 if block.gated else 3.0) * block.width / work.tp

@@ -30,6 +30,8 @@ _PRECISIONS = {
     "MXFP8": "mxfp8",
     "NVFP4": "nvfp4",
 }
+NEWEST_RELEASE = "26.08"
+"""Of the table that the constants were fitted to."""
 _LAYOUT = ("tp", "pp", "cp", "vp", "ep", "micro_batch_size")
 
 
@@ -138,10 +140,17 @@ def published_software(
         age = min(age if age >= 0 else 20 - age for age in ages)  # a later recipe only where none came before
         return score - 5 * (age >= 20), -age
 
+    months = max(0.0, _age(NEWEST_RELEASE) - _age(release))
     lines = [line for line in _settings() if line["model"] == model.removesuffix("-no-mtp")]
     if not lines:
         mixture = PUBLISHED_MODELS[model].is_mixture
-        return Software(graphs="partial" if mixture else "none", dispatcher="hybridep", fsdp=fsdp)
+        return Software(
+            graphs="partial" if mixture else "none",
+            dispatcher="hybridep",
+            overlap_tensor=not mixture,
+            fsdp=fsdp,
+            months_behind=months,
+        )
     line = max(lines, key=nearness)
     return Software(
         graphs=line["graphs"],  # type: ignore[arg-type]
@@ -150,6 +159,7 @@ def published_software(
         overlap_tensor=not PUBLISHED_MODELS[model].is_mixture,
         fused_experts=line["fused_experts"] == "1",
         fsdp=fsdp or line["fsdp"] == "1",
+        months_behind=months,
         fp8_attention=line["fused_experts"] == "1" and precision == "mxfp8",
         recompute_layers=int(line["recompute_layers"]),
         recompute_modules=frozenset(filter(None, line["recompute_modules"].split("+"))),

@@ -47,7 +47,7 @@ _ULTRA = {
 }
 _H56 = {"M": Mamba(256, 64, 256, 8), "-": Mlp(32768, gated=False), "*": Attention(64, 8, 128, 128)}
 _H56_PATTERN = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
-_V4 = Attention(64, 1, 512, 512, window=640, q_rank=1024, out_rank=8192, out_groups=8)
+_V4 = Attention(64, 1, 512, 512, window=640, q_rank=1024, out_rank=8192, out_groups=8, gathered=512)
 _V4_EXPERTS = Experts(256, 6, 2048, shared=2048)
 
 PUBLISHED_MODELS: dict[str, ModelShape] = {

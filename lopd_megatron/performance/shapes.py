@@ -28,6 +28,8 @@ class Attention:
     out_rank: int = 0
     out_groups: int = 1
     """Of a grouped low-rank output projection."""
+    gathered: int = 0
+    """Keys that each query picks for itself, so that no two queries share a read."""
 
     def linear(self, hidden: int) -> list[tuple[int, int]]:
         """(inner, outer) sizes of the linear layers."""

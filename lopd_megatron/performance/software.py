@@ -35,6 +35,8 @@ class Software:
     """Share of the layers whose products stay in bfloat16 in a low-precision run."""
     fp8_attention: bool = False
     """Attention multiplies FP8 operands."""
+    months_behind: float = 0.0
+    """Age of the release against the newest in the table; kernels of later ones are faster."""
 
 
 OURS = Software(

@@ -118,7 +118,8 @@ class StepModel:
         others = sum(stage.busy() for stage in stages) - slowest.busy()
         parts["pipeline bubble"] = others / step.layout.vp
         parts |= self._update(step, device, slowest)
-        return StepTime(parts)
+        age = (1.0 + self.constants.progress) ** step.software.months_behind
+        return StepTime({name: seconds * age for name, seconds in parts.items()})
 
     def _work(self, step: Step) -> Work:
         layout = step.layout
