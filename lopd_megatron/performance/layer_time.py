@@ -96,7 +96,13 @@ def layer_seconds(layer: Layer, work: Work, device: Device, software: Software) 
     return seconds
 
 
-def launch_seconds(layer: Layer, device: Device, software: Software) -> float:
+EXPERT_KERNELS = 36
+"""Of one expert that runs alone: three products and the activation, their gradients and additions."""
+LAUNCH_S = 8e-6
+"""Of one kernel from Python (PyTorch profiler traces show 5 to 10 µs)."""
+
+
+def launch_seconds(layer: Layer, device: Device, software: Software, ep: int = 1) -> float:
     """Seconds that the host needs to launch the forward and backward of one layer.
 
     A mixture without HybridEP waits for the numbers of tokens and launches permutations one by one.
@@ -108,6 +114,8 @@ def launch_seconds(layer: Layer, device: Device, software: Software) -> float:
     for block in layer:
         if isinstance(block, Experts):
             slow = c.slow_dispatch if software.dispatcher != "hybridep" else 1.0
+            if software.sequential_experts:
+                total += block.count / ep * EXPERT_KERNELS * LAUNCH_S
             total += c.expert_launch * slow * (c.partial_graphs if software.graphs == "partial" else 1.0)
         elif software.graphs == "none":
             total += c.launch

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from lopd_megatron.config import RunConfig
+
 
 @dataclass(frozen=True)
 class Software:
@@ -29,6 +31,10 @@ class Software:
     recompute_layers: int = 0
     """Layers of each virtual stage whose forward is repeated."""
     recompute_modules: frozenset[str] = frozenset()
+    sequential_experts: bool = False
+    """Experts of a rank run one after the other instead of as one grouped product."""
+    accumulation_bytes: float = 0.0
+    """Moved per parameter and micro-batch to add a gradient; 0: the product adds it."""
     gradient_bytes: int = 2
     """Of one reduced gradient."""
     high_precision_share: float = 0.0
@@ -39,14 +45,28 @@ class Software:
     """Age of the release against the newest in the table; kernels of later ones are faster."""
 
 
-OURS = Software(
-    graphs="none",
-    dispatcher="alltoall",
-    overlap_experts=False,
-    fused_experts=False,
-    overlap_tensor=False,
-    overlap_data=False,
-    fused_layers=False,
-    gradient_bytes=4,
-)
-"""This trainer: Megatron-Core with its defaults, no fusions that need Transformer Engine."""
+EVERY_LAYER = 1_000_000
+
+
+def our_software(config: RunConfig, *, transformer_engine: bool = False) -> Software:
+    """What this trainer does under `config` (model/student_spec.py sets it).
+
+    Megatron-Core launches every kernel from Python, reaches experts by NCCL all-to-all and hides no
+    collective of a layer. Without Transformer Engine experts run one by one and norms are separate kernels.
+    """
+    train, optimizer = config.train, config.optimizer
+    selective = train.recompute_granularity == "selective"
+    return Software(
+        graphs="none",
+        dispatcher="alltoall",
+        overlap_experts=False,
+        fused_experts=False,
+        overlap_tensor=False,
+        overlap_data=optimizer.overlap_grad_reduce and optimizer.overlap_param_gather,
+        fused_layers=transformer_engine,
+        sequential_experts=not transformer_engine,
+        accumulation_bytes=10.0,  # read a bfloat16 gradient, read and write the float32 buffer
+        gradient_bytes=2 if optimizer.use_precision_aware_optimizer else 4,
+        recompute_layers=EVERY_LAYER if train.recompute_granularity == "full" else 0,
+        recompute_modules=frozenset(train.recompute_modules if selective else ()),
+    )

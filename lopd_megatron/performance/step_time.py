@@ -18,8 +18,11 @@ from lopd_megatron.performance.layer_time import (
     layer_seconds,
     sum_seconds,
 )
-from lopd_megatron.performance.shapes import Layer, ModelShape
+from lopd_megatron.performance.shapes import Attention, Experts, Layer, Mamba, Mlp, ModelShape
 from lopd_megatron.performance.software import Software
+
+_MODULE = {Attention: "core_attn", Mlp: "mlp", Experts: "moe", Mamba: "mamba"}
+"""Megatron's names of what selective recomputation repeats."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,12 @@ class StepModel:
         age = (1.0 + self.constants.progress) ** step.software.months_behind
         return StepTime({name: seconds * age for name, seconds in parts.items()})
 
+    def forward_seconds(self, step: Step) -> float:
+        """Seconds of the forward passes alone of all micro-batches (scoring)."""
+        device = Device(step.gpu, self.constants)
+        stage = max(self._stages(step, device), key=_Stage.busy)
+        return step.microbatches * max(sum(stage.seconds.forward.values()), stage.host / 3)
+
     def _work(self, step: Step) -> Work:
         layout = step.layout
         return Work(
@@ -183,8 +192,17 @@ class StepModel:
             high = layer_seconds(layer, replace(work, precision="bf16"), device, software)
             share = software.high_precision_share
             computed = sum_seconds([(computed, 1 - share), (high, share)])
-        seconds = sum_seconds([(computed, 1.0), (layer_communication(layer, work, device, software), 1.0)])
-        return seconds, launch_seconds(layer, device, software)
+        communication = layer_communication(layer, work, device, software)
+        seconds = sum_seconds([(computed, 1.0), (communication, 1.0)])
+        repeated = sum(
+            sum(layer_seconds((block,), work, device, software).forward.values())
+            + sum(layer_communication((block,), work, device, software).forward.values())
+            for block in layer
+            if _MODULE[type(block)] in software.recompute_modules
+        )
+        if repeated:
+            seconds.add("recompute", 0.0, repeated)
+        return seconds, launch_seconds(layer, device, software, work.ep)
 
     def _update(self, step: Step, device: Device, slowest: _Stage) -> dict[str, float]:
         """Gradient reduction, parameter gather and optimizer of the fullest stage."""
@@ -212,8 +230,10 @@ class StepModel:
             reduce *= step.microbatches
         exposed = max(0.0, reduce - hidden * backward) + max(0.0, gather - hidden * forward)
         states = dense / max(1, dense_ranks) + expert / max(1, expert_ranks)
+        added = step.microbatches * software.accumulation_bytes * (dense + expert)
         return {
             "data parallel": exposed,
+            "gradient sums": device.move(added),
             "optimizer": device.move(30.0 * states),
             "step": self.constants.step,
         }
