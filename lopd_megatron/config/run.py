@@ -39,7 +39,9 @@ class RunConfig(Section):
     """The whole description of one run. `run_dir` is the only place a run writes to."""
 
     name: str = "run"
+    """Name of the run, in logs and job names."""
     run_dir: str = "runs/run"
+    """Folder that everything of this run is written to."""
     model: ModelConfig = ModelConfig()
     prompts: PromptsConfig = PromptsConfig()
     rollouts: RolloutsConfig = RolloutsConfig()

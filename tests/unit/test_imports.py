@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "files", "imports", "progress", "records", "config", "cli"),
-    ("fingerprints", "lineage", "refresh"),
+    ("fingerprints", "lineage", "refresh", "settings_reference"),
     ("loss", "parallel"),
     ("data", "model"),
     ("inference", "train", "analysis", "launch"),
