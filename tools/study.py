@@ -158,11 +158,8 @@ SFT takes {sft.train.train_iters} iterations, distillation {opd.train.train_iter
 {opd.train.global_batch_size} sequences each, learning rate {opd.optimizer.lr:g}
 ({opd.optimizer.lr_decay_style}), advantage clip {opd.loss.advantage_clip}. `standard` samples and scores anew
 at every iteration, `lightning` once. Accuracy is that on held-out test problems; curves and choices use
-validation problems. Values are means over seeds ± the half width of the 95 % interval (Student's t). Seconds
-are CPU seconds of a process with one thread; those of `core`, the first, are wall time on a core each. Those
-of `*_a_b` and `*_b_a` for seeds 0 and 1 are up to twice too high: threads of earlier cells ran along, a fault
-that is mended since; the cells of the top-k table for these two seeds, by less. Seconds of EffOPD's searches
-are wall time on machines that did other work beside."""
+validation problems. Values are means over seeds ± the half width of the 95 % interval (Student's t).
+Seconds are CPU seconds of a process with one thread; those of `core`, the first group, are wall time."""
 
 
 def prepare(names: list[str]) -> int:
