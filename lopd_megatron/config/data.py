@@ -79,7 +79,7 @@ class RolloutsConfig(Section):
     """Also the longest response that training keeps: nothing is generated to be cut off."""
     stop_token_ids: list[int] = []
     """Stop tokens beside those of the generation config."""
-    seed: int = 1234
+    seed: int = Field(default=1234, ge=0)
     """Seed of the sampling; every response has its own, from this and its id."""
     engine: EngineConfig = EngineConfig()
 
@@ -128,6 +128,6 @@ class EvaluationConfig(Section):
     """Nucleus sampling of the responses."""
     max_response_tokens: int = Field(default=32768, ge=1)
     """Longer responses are cut, and count as wrong when the answer is missing."""
-    seed: int = 1234
+    seed: int = Field(default=1234, ge=0)
     """Seed of the sampling."""
     engine: EngineConfig = EngineConfig(max_model_len=34816)

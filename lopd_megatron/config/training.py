@@ -119,7 +119,7 @@ class TrainConfig(Section):
     """Sequences (rollouts) per optimizer step, over all data-parallel ranks."""
     micro_batch_size: int = Field(default=1, ge=1)
     """Packed rows of `seq_length` tokens per forward and data-parallel rank."""
-    seed: int = 1234
+    seed: int = Field(default=1234, ge=0)
     """Seed of the data order and of dropout."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Precision of weights and activations; main parameters are fp32 in both."""

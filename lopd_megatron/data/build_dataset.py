@@ -1,6 +1,6 @@
 """Rollouts → dataset: one streaming pass, every document that is left out counted by its reason.
 
-python tools/build_dataset.py --recipe …        scored rollouts (OPD) or plain rollouts (SFT)
+lopd dataset --recipe …        scored rollouts (OPD) or plain rollouts (SFT)
 write_dataset(prefix, documents)                documents made by a program
 """
 

@@ -82,9 +82,7 @@ def read_manifest(prefix: str | Path) -> Manifest:
                 f"{path} does not exist: the build of {prefix} is running or was stopped; "
                 "start the same command again to finish it"
             ) from None
-        raise UserError(
-            f"{path} does not exist: there is no dataset {prefix}; run tools/build_dataset.py"
-        ) from None
+        raise UserError(f"{path} does not exist: there is no dataset {prefix}; run lopd dataset") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except ValueError:

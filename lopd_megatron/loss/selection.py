@@ -69,6 +69,6 @@ def _column(config: LossConfig, tokens: TrainedTokens, name: str) -> torch.Tenso
     if column is None:
         raise UserError(
             f"loss.objective={config.objective} needs the column {name}, which this dataset does not have; "
-            "score the rollouts with tools/score_rollouts.py, or choose another objective"
+            "score the rollouts with lopd scores, or choose another objective"
         )
     return column

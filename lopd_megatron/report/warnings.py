@@ -46,7 +46,7 @@ def _data(run: RunFolder) -> Iterator[str]:
         if unusable:
             yield f"{unusable:,} rollouts had log-probs that are not finite; look at the scoring engine"
         if "rollout_logprobs" in manifest.columns and manifest.alignment is None:
-            yield "no alignment proof was made (data.alignment_sample=0); run tools/verify_alignment.py"
+            yield "no alignment proof was made (data.alignment_sample=0); run lopd verify"
 
 
 def _lineage(run: RunFolder) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from lopd_megatron.config import EngineConfig, RunConfig
@@ -17,28 +16,8 @@ from lopd_megatron.progress import say
 from lopd_megatron.rollouts import shard_files
 from lopd_megatron.rollouts.rollout_stage import RolloutJob, stop_token_ids
 from lopd_megatron.rollouts.score_stage import ScoreJob
+from lopd_megatron.rollouts.share import Share, generator_model
 from lopd_megatron.rollouts.worker import Stage, Worker
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which part of a sharded stage one process does, and how many failed documents it accepts."""
-
-    index: int = 0
-    count: int = 1
-    max_failed: int = 0
-
-    @classmethod
-    def parse(cls, text: str, max_failed: int = 0) -> Share:
-        """`2/8` → the third of eight workers."""
-        first, slash, second = text.partition("/")
-        if not (slash and first.isdigit() and second.isdigit() and int(first) < int(second)):
-            raise UserError(f"--worker {text!r} is not I/N with 0 ≤ I < N, as in 0/8")
-        return cls(int(first), int(second), max_failed)
-
-
-def generator_model(config: RunConfig) -> str:
-    return config.model.teacher if config.rollouts.generator == "teacher" else config.model.student
 
 
 def run_rollouts(config: RunConfig, share: Share) -> int:

@@ -142,7 +142,7 @@ def check_finite(trainer: Trainer, report: dict[str, torch.Tensor]) -> None:
         first = next((message for message in messages if "document" in message), messages[0])
         raise UserError(
             f"iteration {trainer.iteration + 1}: {first}; the last checkpoint is good; look at the document "
-            "with tools/inspect_dataset.py, or lower optimizer.lr"
+            "with lopd inspect, or lower optimizer.lr"
         ) from None
 
 

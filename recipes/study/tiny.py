@@ -17,7 +17,8 @@ from typing import Any
 from lopd_megatron.config import RunConfig
 from lopd_megatron.refresh import refresh_rounds
 from lopd_megatron.study.cells import Cell, Data, Part
-from recipes import tiny
+
+from .. import tiny
 
 STUDY = "runs/study"
 TOPK = (1, 2, 4, 8, 16, 26)

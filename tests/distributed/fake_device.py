@@ -147,10 +147,10 @@ def step(overrides: list[str]) -> dict[str, int]:
     from lopd_megatron.model.student import StudentModel, build_student
     from lopd_megatron.model.student_spec import student_spec
     from lopd_megatron.parallel import topology as grid
+    from lopd_megatron.recipes.models import QWEN3_4B, QWEN3_8B
     from lopd_megatron.train import setup
     from lopd_megatron.train.state import Trainer
     from lopd_megatron.train.step import run_microbatches
-    from recipes.models import QWEN3_4B, QWEN3_8B
     from tests.unit.loss.dense import random_batch
 
     config, tied = RunConfig(), "tied" in overrides

@@ -143,7 +143,7 @@ def all_runs(inputs: str, work: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    from recipes import tiny_task
+    from lopd_megatron.recipes import tiny_task
 
     work = tmp_path_factory.mktemp("online")
     tiny_hf.save_model("qwen3", work / "student")

@@ -20,7 +20,7 @@ COLUMNS = ["tokens", "loss_mask", "teacher_logprobs", "rollout_logprobs"]
 
 def write_inputs(folder: Path, family: str = "qwen3") -> Path:
     """`folder/student`, a random model with a tokenizer, and `folder/train`, 60 scored random rollouts."""
-    from recipes import tiny_task
+    from lopd_megatron.recipes import tiny_task
 
     tiny_hf.save_model(family, folder / "student")
     tiny_task.save_tokenizer(folder / "student")

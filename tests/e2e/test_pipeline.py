@@ -13,15 +13,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lopd_megatron.config import RunConfig
-from recipes import tiny
+from lopd_megatron.recipes import tiny
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
 
-SFT = (sys.executable, "-m", "lopd_megatron.launch", "--stages=prompts,rollouts,dataset,train,export")
+SFT = (sys.executable, "-m", "lopd_megatron", "run", "--stages=prompts,rollouts,dataset,train,export")
 RECIPES = """
 from lopd_megatron.config import RunConfig
-from recipes import tiny
+from lopd_megatron.recipes import tiny
 
 def sft() -> RunConfig:
     config = tiny.sft({root!r})

@@ -61,7 +61,7 @@ def padding_share(lengths: np.ndarray) -> float:
 
 def write_task(folder: Path, lengths: np.ndarray) -> None:
     """`folder/student`, `folder/teacher` and `folder/train`: random rollouts that both models have scored."""
-    from recipes import tiny_task
+    from lopd_megatron.recipes import tiny_task
 
     student, teacher = (_save_model(folder / name, seed) for seed, name in enumerate(("student", "teacher")))
     tiny_task.save_tokenizer(folder / "student")

@@ -18,9 +18,9 @@ from lopd_megatron.evaluation.accuracy import summarize
 from lopd_megatron.files import write_json
 from lopd_megatron.fingerprints import Fingerprint
 from lopd_megatron.lineage import Lineage
+from lopd_megatron.recipes import tiny, tiny_task
 from lopd_megatron.records import PROMPT_SCHEMA, ROLLOUT_SCHEMA, SCORE_SCHEMA
 from lopd_megatron.rollouts.shard_files import Kind, write_shard
-from recipes import tiny, tiny_task
 from tests.helpers.models import write_model_lineage
 
 ITERATIONS = 60

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lopd_megatron.recipes import tiny_task
 from lopd_megatron.report import gaps
 from lopd_megatron.report.run_folder import read_run
-from recipes import tiny_task
 
 
 def test_pieces_add_up_to_the_text(tmp_path: Path) -> None:
