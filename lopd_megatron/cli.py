@@ -70,7 +70,7 @@ def load_recipe(spec: str) -> RunConfig:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{spec} failed: {_described(error, path)}") from error
+        raise UserError(f"{spec} failed: {_described(error, path.resolve())}") from error
     if not isinstance(config, RunConfig):
         raise UserError(f"{spec} returned {type(config).__name__}; a recipe returns a RunConfig")
     return config
@@ -141,6 +141,9 @@ def _described(error: Exception, path: Path) -> str:
     lines = [frame.lineno for frame in frames if frame.filename == str(path)]
     line = error.lineno if isinstance(error, SyntaxError) else (lines[-1] if lines else None)
     text = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        text = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     return f"{type(error).__name__}: {text}" + (f" (line {line})" if line else "")
 
 
