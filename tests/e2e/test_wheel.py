@@ -37,7 +37,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def lopd(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The console script in an environment of its own, which sees the packages of this one but not the checkout."""
+    """The console script in an environment that sees the packages of this one but not the checkout."""
     environment = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
     python = environment / "bin" / "python"
