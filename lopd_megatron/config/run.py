@@ -149,6 +149,8 @@ class Paths:
         self.dataset_prefix = run_dir / "dataset" / "train"
         self.checkpoints = run_dir / "checkpoints"
         self.metrics = run_dir / "metrics.jsonl"
+        self.validation = run_dir / "validation.jsonl"
+        self.warnings = run_dir / "warnings.jsonl"
         self.hf = run_dir / "hf"
         self.evaluation = run_dir / "evaluation"
         self.logs = run_dir / "logs"
