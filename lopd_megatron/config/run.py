@@ -153,6 +153,7 @@ class Paths:
         self.warnings = run_dir / "warnings.jsonl"
         self.hf = run_dir / "hf"
         self.evaluation = run_dir / "evaluation"
+        self.measure = run_dir / "measure"
         self.logs = run_dir / "logs"
         self.online_weights = run_dir / "online" / "weights"
         self.online_log = run_dir / "online" / "log.jsonl"

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from lopd_megatron.config import RunConfig
 from lopd_megatron.report.svg import Line, line_chart
+from lopd_megatron.train.held_out import Validation
 
 DECILES = 10
 
@@ -17,7 +18,8 @@ Metrics = Sequence[dict[str, Any]]
 
 _TRAINING = (
     ("loss", "what is minimised; of an advantage-weighted loss only the gradient has a meaning"),
-    ("reverse_kl", "log π_θ − log π_T on the rollouts' tokens, nats"),
+    ("reverse_kl", "KL(π_θ ‖ π_T) over the teacher's top-k, the sampled token and the rest, nats"),
+    ("log_ratio_mean", "log π_θ − log π_T on stored tokens, nats; not a KL once the student has moved"),
     ("k2", "½ (log π_θ − log π_T)², the loss without clip"),
     ("entropy", "of the student's next-token distribution, nats"),
     ("student_logprobs", "log π_θ of the trained tokens, nats"),
@@ -50,6 +52,25 @@ def training_figures(metrics: Metrics) -> list[Figure]:
             labels = tuple(line.label for line in lines) if len(lines) > 1 else ()
             found.append(Figure(name, explanation, line_chart(lines), labels))
     return found
+
+
+def held_out_figure(validations: Sequence[Validation]) -> Figure:
+    """The value that a run is judged by, ± its standard error."""
+    points = [(validation.iteration, validation.value) for validation in validations]
+    errors = [min(validation.standard_error, 1e9) for validation in validations]
+    metric = validations[-1].metric
+    return Figure(
+        f"held-out {metric}",
+        f"{MEANING[metric]}; ± one standard error over documents",
+        line_chart([Line(metric, points, errors)], markers=True),
+    )
+
+
+MEANING = {
+    "reverse_kl": "KL(π_θ ‖ π_T) over token classes on held-out documents, nats per token",
+    "k2": "½ (log π_θ − log π_T)² of the sampled token on held-out documents",
+    "loss": "−log π_θ of the sampled token on held-out documents, nats",
+}
 
 
 def position_figures(metrics: Metrics) -> list[Figure]:
