@@ -58,6 +58,8 @@ class LogHook(Hook):
         for writer in self.writers:
             writer.write(trainer.iteration, metrics)
         if trainer.topology.rank == 0:
+            if "valid_k2" in metrics:  # only the gradient of such a loss means something
+                metrics.pop("valid_loss")
             shown = "  ".join(form.format(metrics[name]) for name, form in _LINE if name in metrics)
             say(f"iteration {trainer.iteration}/{trainer.config.train.train_iters}  {shown}")
 
