@@ -68,8 +68,8 @@ class ValidateHook(Hook):
             self.warnings.tell(
                 trainer,
                 "held_out_worse",
-                f"{found.text()} than at the start; lower optimizer.lr, or export the best iteration, "
-                f"{found.best.iteration}",
+                f"{found.text()} than at the start; lower optimizer.lr (best so far: iteration "
+                f"{found.best.iteration})",
             )
 
     def on_end(self, trainer: Trainer) -> None:

@@ -19,6 +19,8 @@ from lopd_megatron.train.warning_log import WarningLog
 
 WINDOW = 5
 """Steps that are pooled."""
+FIRST = 2
+"""Steps that are pooled for the first value of k2: a run that goes wrong does so at once."""
 ERRORS = 5.0
 """Standard errors over tokens. Tokens of a document depend on each other, which may double the true error."""
 RISE = 1.25
@@ -40,13 +42,13 @@ class WatchHook(Hook):
         if "k2" not in sums:
             return
         self._sums.append(torch.stack([sums["log_ratio_mean"][0], sums["k2_squared"][0], *sums["k2"]]))
-        if len(self._sums) < WINDOW:
+        if len(self._sums) < FIRST:
             return
         log_ratio, k2_squared, k2, count = torch.stack(list(self._sums)).sum(0).tolist()
         log_ratio, k2_squared, k2 = log_ratio / count, k2_squared / count, k2 / count
         self._look_at_k2(trainer, k2, math.sqrt(max(0.0, k2_squared - k2**2) / count))
         error = math.sqrt(max(0.0, 2 * k2 - log_ratio**2) / count)
-        if log_ratio < min(BELOW, -ERRORS * error):
+        if len(self._sums) == WINDOW and log_ratio < min(BELOW, -ERRORS * error):
             self.warnings.tell(
                 trainer,
                 "log_ratio_negative",
@@ -59,7 +61,7 @@ class WatchHook(Hook):
         lowest, lowest_error = self._lowest
         if value < lowest:
             self._lowest = (value, error)
-        elif value > RISE * lowest and value - lowest > ERRORS * math.hypot(error, lowest_error):
+        elif len(self._sums) == WINDOW and value > RISE * lowest and value - lowest > ERRORS * math.hypot(error, lowest_error):
             self.warnings.tell(
                 trainer,
                 "k2_rises",
