@@ -61,7 +61,11 @@ class WatchHook(Hook):
         lowest, lowest_error = self._lowest
         if value < lowest:
             self._lowest = (value, error)
-        elif len(self._sums) == WINDOW and value > RISE * lowest and value - lowest > ERRORS * math.hypot(error, lowest_error):
+        elif (
+            len(self._sums) == WINDOW
+            and value > RISE * lowest
+            and value - lowest > ERRORS * math.hypot(error, lowest_error)
+        ):
             self.warnings.tell(
                 trainer,
                 "k2_rises",
