@@ -117,7 +117,8 @@ def _training(run: RunFolder) -> Iterator[str]:
         yield f"training stands at iteration {last['iteration']:,} of {config.train.train_iters:,}"
     for warning in run.warnings:
         yield f"iteration {warning['iteration']}: {warning['text']}"
-    if not run.is_sft:  # answers of a teacher are never those of the student
+    told = any(warning["key"] == "stale" for warning in run.warnings)
+    if not run.is_sft and not told:  # answers of a teacher are never those of the student
         yield from _staleness(run.metrics, config)
     clipped = _mean(_recent(run.metrics, config), "clip_fraction")
     if clipped is not None and clipped > MAX_CLIPPED:

@@ -53,9 +53,12 @@ class ValidateHook(Hook):
         if trainer.iteration == 0:
             self._validate(trainer)
             if self.seen:
+                count = len(self.seen[0].sums)
+                # A step with as many documents costs three forward passes: one forward, two backward.
+                cost = count / (3 * self.interval * trainer.config.train.global_batch_size)
                 say(
-                    f"iteration 0: held-out {self.metric} {self.seen[0].text()} on "
-                    f"{len(self.seen[0].sums)} documents"
+                    f"iteration 0: held-out {self.metric} {self.seen[0].text()} on {count} documents; "
+                    f"validating them every {self.interval} iterations adds about {cost:.1%} to the training"
                 )
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
