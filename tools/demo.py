@@ -143,7 +143,7 @@ def read_evaluation(name: str) -> dict[str, Any]:
 
 def reverse_kl(config: RunConfig, name: str) -> float:
     """KL(student ‖ teacher) per response token, estimated on the student's own responses at T = 1."""
-    return json.loads((config.paths.measure / f"{name}.json").read_text())["sampled_kl"]["value"]
+    return json.loads((config.paths.measure / f"{name}.json").read_text())["kl_estimate"]["value"]
 
 
 def version(package: str) -> str | None:

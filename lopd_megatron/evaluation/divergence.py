@@ -1,6 +1,8 @@
 """KL(π ‖ π_T) per token from responses of π that both models have scored.
 
     sampled   log π(y) − log π_T(y): unbiased for the KL over the whole vocabulary, noisy, may be negative
+    estimate  Σ p (log p − log q) over the tokens in both lists, and log p − log q of the sampled token where
+              it is not in both: unbiased, too, and less noisy
     class     KL over classes that both models name: the sampled token, tokens in both lists of the k most
               likely, and the rest as one; at least 0 and at most the KL over the vocabulary
 
@@ -29,6 +31,7 @@ class Measured:
     topk: int
     tokens: np.ndarray
     sampled: np.ndarray
+    estimates: np.ndarray
     classes: np.ndarray
     responses: np.ndarray
     stopped: np.ndarray
@@ -42,21 +45,23 @@ class Measured:
             "responses": int(self.responses.sum()),
             "response_tokens": int(self.tokens.sum()),
             "sampled_kl": ratio(self.sampled, self.tokens),
+            "kl_estimate": ratio(self.estimates, self.tokens),
             "class_kl": ratio(self.classes, self.tokens),
             "stopped": ratio(self.stopped, self.responses),
             "teacher_stop_logprob": self.teacher_stop_logprob,
             "by_prompt": {
                 "tokens": self.tokens.tolist(),
                 "sampled_kl": self.sampled.tolist(),
+                "kl_estimate": self.estimates.tolist(),
                 "class_kl": self.classes.tolist(),
             },
         }
 
     def text(self) -> str:
         found = self.summary()
-        sampled, classes, stopped = (found[name] for name in ("sampled_kl", "class_kl", "stopped"))
+        whole, classes, stopped = (found[name] for name in ("kl_estimate", "class_kl", "stopped"))
         return (
-            f"sampled KL {sampled['value']:.4f} ± {sampled['standard_error']:.4f}, class KL "
+            f"KL {whole['value']:.4f} ± {whole['standard_error']:.4f}, class KL "
             f"{classes['value']:.4f} ± {classes['standard_error']:.4f} nats per token "
             f"({found['response_tokens']} tokens); {stopped['value']:.0%} of the responses stop by themselves"
         )
@@ -79,35 +84,42 @@ def measured(by_teacher: Sequence[dict[str, Any]], by_model: Sequence[dict[str, 
             continue
         if teacher["prompt_id"] not in place:
             place[teacher["prompt_id"]] = len(sums)
-            sums.append([0.0] * 5)
+            sums.append([0.0] * 6)
         gap = np.subtract(teacher["rollout_logprobs"], teacher["teacher_logprobs"], dtype=np.float64)
         stopped = teacher["finish_reason"] == "stop"
         if stopped:
             stop_logprobs.append(teacher["teacher_logprobs"][-1])
-        found = (len(gap), gap.sum(), class_kl(teacher, model, topk).sum(), 1, stopped)
+        estimate, classes = divergences(teacher, model, topk)
+        found = (len(gap), gap.sum(), estimate.sum(), classes.sum(), 1, stopped)
         own = sums[place[teacher["prompt_id"]]]
         for index, value in enumerate(found):
             own[index] += float(value)
-    tokens, sampled, classes, responses, stops = np.array(sums).T
+    tokens, sampled, estimates, classes, responses, stops = np.array(sums).T
     mean = float(np.mean(stop_logprobs)) if stop_logprobs else None
-    return Measured(topk, tokens, sampled, classes, responses, stops, mean)
+    return Measured(topk, tokens, sampled, estimates, classes, responses, stops, mean)
 
 
-def class_kl(teacher: dict[str, Any], model: dict[str, Any], topk: int) -> np.ndarray:
-    """float64 [r], nats: KL over the classes of each of the r tokens of one scored rollout."""
+def divergences(teacher: dict[str, Any], model: dict[str, Any], topk: int) -> tuple[np.ndarray, np.ndarray]:
+    """(estimate, class KL), float64 [r] in nats, of the r tokens of one rollout that both have scored."""
     labels = np.array(teacher["response_tokens"])[:, None]
-    ids, named = ({}, {})
-    for name, row in (("q", teacher), ("p", model)):
-        ids[name] = np.array(row["teacher_topk_ids"]).reshape(-1, topk)
-        named[name] = np.array(row["teacher_topk_logprobs"], np.float64).reshape(-1, topk)
-    same = (ids["p"][:, :, None] == ids["q"][:, None, :]) & (ids["p"] != labels)[:, :, None]  # [r, k, k]
-    in_both = same.any(2)
-    log_q = np.where(in_both, (same * named["q"][:, None, :]).sum(2), 0.0)
-    log_p = np.where(in_both, named["p"], 0.0)
-    label_p = np.array(model["teacher_logprobs"], np.float64)
-    label_q = np.array(teacher["teacher_logprobs"], np.float64)
-    p, q = np.where(in_both, np.exp(log_p), 0.0), np.where(in_both, np.exp(log_q), 0.0)
+    ids_q, log_q = _topk(teacher, topk)
+    ids_p, log_p = _topk(model, topk)
+    same = ids_p[:, :, None] == ids_q[:, None, :]  # [r, k, k]
+    is_shared = same.any(2)
+    label_is_shared = (is_shared & (ids_p == labels)).any(1)
+    others = is_shared & (ids_p != labels)
+    log_q = (same * np.where(same.any(1), log_q, 0.0)[:, None, :]).sum(2)
+    label_p, label_q = (np.array(row["teacher_logprobs"], np.float64) for row in (model, teacher))
+    p, q = np.where(others, np.exp(log_p), 0.0), np.where(others, np.exp(log_q), 0.0)
+    named = np.where(others, p * (log_p - log_q), 0.0).sum(1)
+    label = np.exp(label_p) * (label_p - label_q)
     rest_p = np.maximum(1.0 - np.exp(label_p) - p.sum(1), SMALLEST_REST)
     rest_q = np.maximum(1.0 - np.exp(label_q) - q.sum(1), SMALLEST_REST)
-    divergence = np.exp(label_p) * (label_p - label_q) + (p * (log_p - log_q)).sum(1)
-    return divergence + rest_p * np.log(rest_p / rest_q)
+    classes = named + label + rest_p * np.log(rest_p / rest_q)
+    return named + np.where(label_is_shared, label, label_p - label_q), classes
+
+
+def _topk(row: dict[str, Any], topk: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and log-probs [r, k] of a row of SCORE_SCHEMA."""
+    ids = np.array(row["teacher_topk_ids"]).reshape(-1, topk)
+    return ids, np.array(row["teacher_topk_logprobs"], np.float64).reshape(-1, topk)

@@ -10,10 +10,10 @@ import torch.distributed as dist
 
 from lopd_megatron.config import LossConfig
 from lopd_megatron.loss.fused_head import HeadRows, TokenValues, fused_head
-from lopd_megatron.loss.metrics import token_metric_sums
+from lopd_megatron.loss.metrics import kl_estimate, token_metric_sums
 from lopd_megatron.loss.nonfinite import FiniteCheck
 from lopd_megatron.loss.plain_head import plain_head
-from lopd_megatron.loss.selection import select_objective, with_reverse_kl
+from lopd_megatron.loss.selection import ClassDivergence, select_objective, with_divergence
 from lopd_megatron.loss.trained_tokens import TrainedTokens
 from lopd_megatron.parallel.vocab import VocabRange
 from lopd_megatron.records import LossOutput, MicroBatch
@@ -36,6 +36,7 @@ class TokenSignals(NamedTuple):
     values: TokenValues
     tokens: TrainedTokens
     reverse_kl: torch.Tensor | None  # [n]
+    kl_estimate: torch.Tensor | None  # [n]
 
 
 class Loss:
@@ -69,9 +70,9 @@ class Loss:
         """
         tokens = TrainedTokens.of(batch)
         ids, objective = select_objective(self._config, tokens)
-        reverse_kl = None
+        divergence: ClassDivergence | None = None
         if tokens.teacher_topk_ids is not None:
-            ids, objective, reverse_kl = with_reverse_kl(self._config, tokens, objective)
+            ids, objective, divergence = with_divergence(self._config, tokens, objective)
         per_sequence = self._config.normalization == "per_sequence"
         if per_sequence:
             token_weights = tokens.response_lengths.double().reciprocal()
@@ -81,11 +82,14 @@ class Loss:
             denominator = token_weights.sum()
 
         numerator, values = self._head(hidden, weight, HeadRows(tokens.rows, ids, token_weights, objective))
+        reverse_kl = divergence.reverse_kl if divergence else None
+        estimate = kl_estimate(tokens, values.student_logprobs, divergence)
         metric_sums = token_metric_sums(
             tokens,
             student_logprobs=values.student_logprobs,
             entropy=values.entropy,
             reverse_kl=reverse_kl,
+            estimate=estimate,
             relative_position=self._relative_position(batch, tokens),
             advantage_clip=self._config.advantage_clip,
         )
@@ -93,7 +97,7 @@ class Loss:
         metric_sums |= self.finite.record(torch.stack(values), tokens, batch.document_indices)
         if self.observe is not None:
             documents = torch.tensor(batch.document_indices, device=tokens.sequence.device)
-            self.observe(TokenSignals(values, tokens, reverse_kl), documents[tokens.sequence])
+            self.observe(TokenSignals(values, tokens, reverse_kl, estimate), documents[tokens.sequence])
         return LossOutput(numerator, denominator.int(), metric_sums)
 
     def _head(

@@ -8,11 +8,15 @@ configuration and the columns of the dataset alone, so every rank has the same o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 
 from lopd_megatron.loss.objectives import clipped_advantages
 from lopd_megatron.loss.trained_tokens import TrainedTokens
+
+if TYPE_CHECKING:
+    from lopd_megatron.loss.selection import ClassDivergence
 
 NUM_DECILES = 10
 NONFINITE = "nonfinite_tokens"
@@ -27,12 +31,14 @@ def token_metric_sums(
     student_logprobs: torch.Tensor,
     entropy: torch.Tensor,
     reverse_kl: torch.Tensor | None,
+    estimate: torch.Tensor | None,
     relative_position: torch.Tensor,
     advantage_clip: float | None,
 ) -> dict[str, torch.Tensor]:
     """Sums over the n trained tokens; every value is float64 [2]. All inputs are [n], log-probs in nats.
 
     `reverse_kl`: KL(π_θ ‖ π_T) over the token classes of `classes`, at least 0, where top-k was given;
+    `kl_estimate`: see the function of that name;
     `log_ratio_mean`: Σ (log π_θ − log π_T) on the rollouts' tokens. It is no KL once the student has moved:
     the tokens are those of the policy that wrote them, and it turns negative when the student is farther from
     that policy than the teacher is. `k2`: Σ ½ (log π_θ − log π_T)², and `k2_squared` for its error;
@@ -51,6 +57,8 @@ def token_metric_sums(
     metric_sums = {"student_logprobs": mean_of(student_logprobs), "entropy": mean_of(entropy)}
     if reverse_kl is not None:
         metric_sums["reverse_kl"] = mean_of(reverse_kl)
+    if estimate is not None:
+        metric_sums["kl_estimate"] = mean_of(estimate)
     if tokens.teacher_logprobs is not None:
         gap = tokens.teacher_logprobs - student_logprobs
         clipped = clipped_advantages(student_logprobs, tokens.teacher_logprobs, advantage_clip) != gap
@@ -71,6 +79,28 @@ def token_metric_sums(
             "drift_kl": mean_of(drift),
         } | _by_decile("drift_kl_decile", drift, relative_position)
     return metric_sums
+
+
+def kl_estimate(
+    tokens: TrainedTokens, student_logprobs: torch.Tensor, divergence: ClassDivergence | None
+) -> torch.Tensor | None:
+    """Unbiased estimate [n] of KL(π_θ ‖ π_T) over the whole vocabulary at the states of stored rollouts.
+
+        Σ_{v in the teacher's k} p_v (log p_v − log q_v)  +  [y is none of them] · w · (log p_y − log q_y)
+
+    w = π_θ/π_rollout of the sampled token y: what the teacher did not name is weighed as if the student had
+    sampled it. One value may be negative; the mean is unbiased for rollouts sampled at temperature 1 and
+    top-p 1 that were not trained on, and its error grows as the student leaves the policy of the rollouts.
+    None without log-probs of teacher and rollout policy.
+    """
+    if tokens.teacher_logprobs is None or tokens.rollout_logprobs is None:
+        return None
+    sampled = (student_logprobs - tokens.rollout_logprobs).exp() * (
+        student_logprobs - tokens.teacher_logprobs
+    )
+    if divergence is None:
+        return sampled
+    return divergence.named + torch.where(divergence.is_outside, sampled, 0.0)
 
 
 def _by_decile(name: str, values: torch.Tensor, relative_position: torch.Tensor) -> dict[str, torch.Tensor]:

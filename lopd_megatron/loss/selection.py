@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from lopd_megatron.config import LossConfig
@@ -54,25 +56,37 @@ def _topk(config: LossConfig, tokens: TrainedTokens) -> tuple[torch.Tensor, Obje
     return ids, objective
 
 
-def with_reverse_kl(
+class ClassDivergence(NamedTuple):
+    """KL(π_θ ‖ π_T) of n tokens over token classes, and what the teacher's k tokens add to the whole KL."""
+
+    reverse_kl: torch.Tensor  # [n]
+    named: torch.Tensor  # [n], Σ p (log p − log q) over the k tokens
+    is_outside: torch.Tensor  # bool [n], the sampled token is none of the k
+
+
+def with_divergence(
     config: LossConfig, tokens: TrainedTokens, objective: Objective
-) -> tuple[torch.Tensor, Objective, torch.Tensor]:
-    """Ids [n, 1 + k], the same objective on them, and a buffer [n] which it fills with KL(π_θ ‖ π_T).
+) -> tuple[torch.Tensor, Objective, ClassDivergence]:
+    """Ids [n, 1 + k], the same objective on them, and what it fills in when the head calls it.
 
     The classes are those of the objective; a sampled-token objective is measured on all k tokens of the
     dataset, and its loss and gradient stay what they are.
     """
     ids, teacher = _token_classes(config, tokens)
-    reverse_kl = torch.zeros_like(teacher[:, 0])
+    is_outside = (ids != classes.ABSENT).all(1)
+    found = ClassDivergence(torch.zeros_like(teacher[:, 0]), torch.zeros_like(teacher[:, 0]), is_outside)
 
     def measured(student: torch.Tensor, part: slice) -> TokenLoss:
-        reverse_kl[part] = objectives.topk_reverse_kl(student, teacher[part]).loss
+        reverse_kl, terms = objectives.topk_reverse_kl(student, teacher[part])
+        found.reverse_kl[part] = reverse_kl
+        label = torch.where(is_outside[part], 0.0, terms[:, 0])
+        found.named[part] = label + terms[:, 1:-1].sum(1)
         loss, weights = objective(student, part)
         if weights.size(1) < student.size(1):
             weights = torch.cat([weights[:, :1], torch.zeros_like(student[:, 1:])], dim=1)
         return TokenLoss(loss, weights)
 
-    return ids, measured, reverse_kl
+    return ids, measured, found
 
 
 def _token_classes(config: LossConfig, tokens: TrainedTokens) -> tuple[torch.Tensor, torch.Tensor]:

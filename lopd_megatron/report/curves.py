@@ -19,6 +19,7 @@ Metrics = Sequence[dict[str, Any]]
 _TRAINING = (
     ("loss", "what is minimised; of an advantage-weighted loss only the gradient has a meaning"),
     ("reverse_kl", "KL(π_θ ‖ π_T) over the teacher's top-k, the sampled token and the rest, nats"),
+    ("kl_estimate", "KL(π_θ ‖ π_T) over the vocabulary, estimated: k tokens and a weighted sample, nats"),
     ("log_ratio_mean", "log π_θ − log π_T on stored tokens, nats; not a KL once the student has moved"),
     ("k2", "½ (log π_θ − log π_T)², the loss without clip"),
     ("entropy", "of the student's next-token distribution, nats"),
@@ -54,8 +55,13 @@ def training_figures(metrics: Metrics) -> list[Figure]:
     return found
 
 
-def held_out_figure(validations: Sequence[Validation]) -> Figure:
-    """The value that a run is judged by, ± its standard error."""
+def held_out_figures(validations: Sequence[Validation]) -> list[Figure]:
+    """The value that a run is judged by and the estimate of the whole KL, ± their standard errors."""
+    estimates = [e for e in (validation.kl_estimate for validation in validations) if e is not None]
+    return [_held_out_figure(values) for values in (validations, estimates) if values]
+
+
+def _held_out_figure(validations: Sequence[Validation]) -> Figure:
     points = [(validation.iteration, validation.value) for validation in validations]
     errors = [min(validation.standard_error, 1e9) for validation in validations]
     metric = validations[-1].metric
@@ -69,6 +75,7 @@ def held_out_figure(validations: Sequence[Validation]) -> Figure:
 MEANING = {
     "reverse_kl": "KL(π_θ ‖ π_T) over token classes on held-out documents, nats per token",
     "k2": "½ (log π_θ − log π_T)² of the sampled token on held-out documents",
+    "kl_estimate": "KL(π_θ ‖ π_T) over the vocabulary, estimated on held-out documents, nats per token",
     "loss": "−log π_θ of the sampled token on held-out documents, nats",
 }
 

@@ -19,8 +19,11 @@ NAMES = {
     "reverse_kl": "reverse KL to the teacher, held out",
     "k2": "k2 (½ squared log-ratio to the teacher), held out",
     "loss": "loss, held out",
+    "kl_estimate": "estimate of the KL over the whole vocabulary, held out",
+}
+FRESH = {
+    "kl_estimate": "KL to the teacher over the whole vocabulary, fresh responses",
     "class_kl": "class KL to the teacher, fresh responses",
-    "sampled_kl": "sampled KL to the teacher, fresh responses",
 }
 
 
@@ -47,22 +50,23 @@ class Headline:
 def headlines(run: RunFolder) -> list[Headline]:
     """The held-out value first, then what was measured on fresh responses; [] where neither is there."""
     found = []
-    validated = change(run.validations)
-    if validated is not None:
-        best = f"best at iteration {validated.best.iteration}: {number(validated.best.value)}"
-        found.append(
-            Headline(
-                NAMES[validated.before.metric],
-                validated.before.value,
-                validated.after.value,
-                validated.difference,
-                validated.standard_error,
-                validated.verdict,
-                f"{len(validated.before.sums)} documents; {best}",
+    estimates = [e for e in (validation.kl_estimate for validation in run.validations) if e is not None]
+    for validated in (change(run.validations), change(estimates)):
+        if validated is not None:
+            best = f"best at iteration {validated.best.iteration}: {number(validated.best.value)}"
+            found.append(
+                Headline(
+                    NAMES[validated.before.metric],
+                    validated.before.value,
+                    validated.after.value,
+                    validated.difference,
+                    validated.standard_error,
+                    validated.verdict,
+                    f"{len(validated.before.sums)} documents; {best}",
+                )
             )
-        )
     if {"before", "after"} <= run.measurements.keys():
-        found += [_fresh(run.measurements, name) for name in ("class_kl", "sampled_kl")]
+        found += [_fresh(run.measurements, name) for name in FRESH]
     return found
 
 
@@ -75,7 +79,7 @@ def _fresh(measurements: dict[str, dict[str, Any]], name: str) -> Headline:
         verdict = "better" if difference < 0 else "worse"
     detail = f"{after['prompts']} prompts, {after['response_tokens']:,} tokens after"
     return Headline(
-        NAMES[name], before[name]["value"], after[name]["value"], difference, error, verdict, detail
+        FRESH[name], before[name]["value"], after[name]["value"], difference, error, verdict, detail
     )
 
 

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from lopd_megatron.config import RunConfig
 from lopd_megatron.report.cost import PAPER_8B, STAGES, paper_shares, shares, stage_costs
 from lopd_megatron.report.curves import (
-    held_out_figure,
+    held_out_figures,
     position_figures,
     staleness_figures,
     training_figures,
@@ -46,7 +46,7 @@ def render(run: RunFolder, *, documents: int = 4) -> str:
         run=run,
         facts=_facts(run),
         headlines=headlines(run),
-        held_out=held_out_figure(run.validations) if run.validations else None,
+        held_out=held_out_figures(run.validations),
         findings=findings(run),
         picture=lineage_picture(run),
         rules=rules(run),

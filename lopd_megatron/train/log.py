@@ -20,6 +20,7 @@ _LINE = (
     ("k2", "k2 {:.4g}"),
     ("log_ratio_mean", "log_ratio_mean {:.4f}"),
     ("valid_reverse_kl", "held-out reverse_kl {:.4f}"),
+    ("valid_kl_estimate", "held-out kl_estimate {:.4f}"),
     ("valid_k2", "held-out k2 {:.4g}"),
     ("valid_loss", "held-out loss {:.4f}"),
     ("grad_norm", "grad_norm {:.3f}"),

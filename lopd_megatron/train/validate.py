@@ -98,7 +98,10 @@ class ValidateHook(Hook):
         sums = pool_metric_sums([output.metric_sums for output in outputs], validated)
         check_finite(validated, sums)
         groups = [topology.dp_cp_group, topology.pp_group]
-        validation = Validation(trainer.iteration, self.metric, *by_document.pooled(groups))
+        values, tokens, estimates = by_document.pooled(groups)
+        has_estimate = {"teacher_logprobs", "rollout_logprobs"} <= self.dataset.columns
+        kept = estimates if has_estimate and self.metric != "loss" else None
+        validation = Validation(trainer.iteration, self.metric, values, tokens, kept)
         if self.log is not None:
             self.seen.append(validation)
             self.log.write(trainer.iteration, validation.line())

@@ -134,7 +134,7 @@ def test_a_good_run_is_better(runs: Path, objective: str) -> None:
     for validation in run.validations[1:]:
         logged = run.metrics[validation.iteration - 1]["valid_reverse_kl"]
         assert validation.value == pytest.approx(logged, rel=1e-12)
-    (headline,) = headlines(run)
+    headline, _ = headlines(run)
     assert headline.verdict == "better"
     assert f">better</b>{headline.what}: " in render(run)
 
@@ -143,7 +143,7 @@ def test_a_good_run_is_better(runs: Path, objective: str) -> None:
 def test_a_bad_run_is_worse_and_warns_before_half_of_its_steps(runs: Path, objective: str) -> None:
     """Thirty times the learning rate."""
     run = read_run(runs / f"{objective}-30")
-    (headline,) = headlines(run)
+    headline, _ = headlines(run)
     assert headline.verdict == "worse"
     assert f">worse</b>{headline.what}: " in render(run)
     assert run.warnings
@@ -174,6 +174,9 @@ def test_the_sums_of_documents_do_not_depend_on_the_layout(
             assert one.metric == other.metric == ("loss" if objective == "sft" else "reverse_kl")
             # float32 products in another order, before and after one update
             assert other.sums == pytest.approx(one.sums, rel=2e-4)
+            assert (one.estimates is None) == (objective == "sft")
+            if one.estimates is not None:
+                assert other.estimates == pytest.approx(one.estimates, rel=2e-4, abs=1e-4)
 
 
 def test_a_run_that_was_stopped_keeps_its_validations(inputs: Path, runs: Path, tmp_path: Path) -> None:

@@ -129,6 +129,43 @@ def test_reverse_kl_is_that_of_the_classes(objective: str) -> None:
     assert metrics["log_ratio_mean"] != pytest.approx(metrics["reverse_kl"], rel=0.1)
 
 
+@pytest.mark.parametrize("topk", [0, 4])
+def test_the_kl_estimate_is_unbiased_for_the_whole_kl(topk: int) -> None:
+    """Labels drawn 3,000 times from the policy of the rollouts, which is not the student."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(1, H, generator=generator)
+    weight = torch.randn(V, H, generator=generator) * 0.5
+    student = (hidden @ weight.T).double().log_softmax(-1)[0]
+    rollout = (student + 0.3 * torch.randn(V, generator=generator)).log_softmax(-1)
+    teacher = (student + 0.8 * torch.randn(V, generator=generator)).log_softmax(-1)
+    whole = float((student.exp() * (student - teacher)).sum())
+    draws = 3000
+    labels = torch.multinomial(rollout.exp(), draws, replacement=True, generator=generator)
+    batch = random_batch([draws + 1], vocab_size=V, topk=topk, masked=0.0)
+    top = teacher.topk(topk or 1)
+    own = replace(
+        batch,
+        labels=torch.cat([labels, labels[:1]])[None],
+        teacher_logprobs=teacher[torch.cat([labels, labels[:1]])][None],
+        rollout_logprobs=rollout[torch.cat([labels, labels[:1]])][None],
+        teacher_topk_ids=top.indices.expand(1, draws + 1, -1) if topk else None,
+        teacher_topk_logprobs=top.values.expand(1, draws + 1, -1) if topk else None,
+    )
+    loss = build_loss(LossConfig(), vocab=VocabRange.of(V, V, None), sequence_parallel=False)
+    seen: list[torch.Tensor] = []
+    loss.observe = lambda signals, documents: seen.append(signals.kl_estimate)  # type: ignore[arg-type]
+    sums = loss(hidden.expand(draws + 1, H)[:, None], weight, own).metric_sums["kl_estimate"]
+    error = float(seen[0].std() / draws**0.5)
+    assert float(sums[0] / sums[1]) == pytest.approx(whole, abs=3 * error)
+    # Planted: without the weight it is the mean log-ratio, which is no KL of this student.
+    plain = float((student[labels] - teacher[labels]).mean())
+    assert abs(plain - whole) > 4 * error
+    if topk:
+        assert error < 0.8 * float(
+            ((student - rollout).exp() * (student - teacher))[labels].std() / draws**0.5
+        )
+
+
 def test_a_measured_class_kl_leaves_loss_and_gradient_of_a_sampled_token_objective() -> None:
     with_topk = random_batch([40, 21], vocab_size=V, topk=4)
     without = replace(with_topk, teacher_topk_ids=None, teacher_topk_logprobs=None)

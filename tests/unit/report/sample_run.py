@@ -112,14 +112,16 @@ def _write_signals(run: Paths, rng: np.random.Generator) -> None:
     log = JsonLines(run.validation, -1)
     for iteration in range(0, ITERATIONS + 1, 10):
         values = level + 1.4 * math.exp(-iteration / 18) + rng.normal(0, 0.01, 32)
-        log.write(iteration, Validation(iteration, "k2", values * tokens, tokens).line())
+        log.write(
+            iteration, Validation(iteration, "k2", values * tokens, tokens, 0.5 * values * tokens).line()
+        )
     log.close()
     run.measure.mkdir()
     for name, kl, stopped in (("before", 0.32, 30.0), ("after", 0.08, 31.0)):
         sampled = (kl + rng.normal(0, 0.05, 32)) * tokens
         ones = np.ones(32)
         stops = np.where(np.arange(32) < stopped, 1.0, 0.0)
-        found = Measured(8, tokens, sampled, 0.8 * kl * tokens, ones, stops, -0.2)
+        found = Measured(8, tokens, sampled, sampled, 0.8 * kl * tokens, ones, stops, -0.2)
         write_json(run.measure / f"{name}.json", {"name": name, "key": name, **found.summary()})
 
 
