@@ -201,15 +201,3 @@ def lightning_opd_round_1(root: str = DEMO) -> RunConfig:
 def lightning_opd_round_2(root: str = DEMO) -> RunConfig:
     """… and half on rollouts of the student that the first round left."""
     return refresh_rounds(lightning_opd(root), 2)[1]
-
-
-def after(root: str = DEMO) -> RunConfig:
-    """Fresh rollouts of the distilled student on the test problems: the reverse KL that is left."""
-    config = lightning_opd(root)
-    config.name = "after"
-    config.run_dir = f"{root}/after"
-    config.model.student = f"{root}/lightning_opd/hf"
-    config.prompts.input = [f"{root}/task/problems/test.jsonl"]
-    config.prompts.contamination_files = []
-    config.lineage.allow_mismatch = "measures what is left of the reverse KL; nothing is trained from it"
-    return config

@@ -24,6 +24,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "train": ("lopd_megatron.commands.train:main", "dataset → checkpoints"),
         "export": ("lopd_megatron.commands.export:main", "checkpoint → Hugging Face folder"),
         "evaluate": ("lopd_megatron.commands.evaluate:main", "problems → accuracy"),
+        "measure": ("lopd_megatron.evaluation.measure:main", "KL to the teacher on fresh responses"),
         "serve": ("lopd_megatron.commands.servers:serve", "a vLLM server for standard OPD on several nodes"),
     },
     "check": {

@@ -3,7 +3,8 @@
     lopd dataset recipes/tiny.py:lightning_opd
     lopd dataset recipes/qwen3_8b.py:lightning_opd --from-official DATA.parquet …
 
-Reads `<run_dir>/scores` (with loss.objective=sft: `<run_dir>/rollouts`), writes `<run_dir>/dataset/train.*`.
+Reads `<run_dir>/scores` (with loss.objective=sft: `<run_dir>/rollouts`), writes `<run_dir>/dataset/train.*`
+and `<run_dir>/dataset/valid.*`, the prompts that are held out (data.valid_fraction).
 Rollouts that are left out are counted by reason. Before the dataset is finished, the generating model scores
 `data.alignment_sample` documents again and must find the stored log-probs. Start it again after a kill: it
 goes on where it was.
@@ -17,9 +18,11 @@ from lopd_megatron.cli import dry_run, parse, parser
 from lopd_megatron.config import RunConfig
 from lopd_megatron.data.build_dataset import build_dataset, build_from
 from lopd_megatron.data.filters import Filters
+from lopd_megatron.data.held_out import HeldOut, valid_prefix
 from lopd_megatron.data.manifest import Manifest
 from lopd_megatron.data.official import OfficialFile, prompt_tokenizer
 from lopd_megatron.data.shard_reader import read_shards
+from lopd_megatron.data.stops import special_token_ids
 from lopd_megatron.errors import UserError
 from lopd_megatron.fingerprints import model_fingerprint, tokenizer_fingerprint
 from lopd_megatron.lineage import Lineage, check_consistency
@@ -36,18 +39,25 @@ def main() -> int:
     paths, data = config.paths, config.data
     source = paths.rollouts if config.loss.objective == "sft" else paths.scores
     if options.dry_run:
-        return dry_run(config, options.from_official or [source], [f"{paths.dataset_prefix}.*"])
+        held_out_files = f"{valid_prefix(paths.dataset_prefix)}.*"
+        return dry_run(
+            config, options.from_official or [source], [f"{paths.dataset_prefix}.*", held_out_files]
+        )
+    held_out = HeldOut(data.valid_fraction, data.valid_seed)
     filters = Filters(data.seq_length, data.drop_truncated, data.drop_repeated)
     if options.from_official:
-        manifest = import_official(config, options.from_official, filters)
+        manifest = import_official(config, options.from_official, filters, held_out)
     else:
         from lopd_megatron.rollouts.alignment_scorer import alignment_proof
+        from lopd_megatron.rollouts.rollout_stage import stop_token_ids
 
         model = generator_model(config)
         manifest = build_dataset(
             source,
             paths.dataset_prefix,
             filters=filters,
+            held_out=held_out,
+            special_ids=special_token_ids(model) | set(stop_token_ids(model)),
             proof=alignment_proof(config, model),
             proof_documents=data.alignment_sample,
             allow_mismatch=checked(config, read_shards(source)[0].lineage, source),
@@ -56,7 +66,7 @@ def main() -> int:
     return 0
 
 
-def import_official(config: RunConfig, files: list[Path], filters: Filters) -> Manifest:
+def import_official(config: RunConfig, files: list[Path], filters: Filters, held_out: HeldOut) -> Manifest:
     """The files do not say who made them: the recipe does, and the lineage takes its word."""
     for file in files:
         if not file.is_file():
@@ -69,7 +79,9 @@ def import_official(config: RunConfig, files: list[Path], filters: Filters) -> M
     )
     lineage.allow_mismatch = checked(config, lineage, files[0])
     sources = [OfficialFile(file, prompt_tokenizer(student)) for file in files]
-    return build_from(sources, config.paths.dataset_prefix, filters=filters, lineage=lineage)
+    return build_from(
+        sources, config.paths.dataset_prefix, filters=filters, held_out=held_out, lineage=lineage
+    )
 
 
 def checked(config: RunConfig, lineage: Lineage, origin: Path) -> str:

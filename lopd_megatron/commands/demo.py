@@ -20,10 +20,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
 from lopd_megatron.cli import load_recipe
 from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import UserError
@@ -34,6 +30,7 @@ from lopd_megatron.progress import say
 from lopd_megatron.recipes import tiny
 
 OUTPUT = Path(tiny.DEMO)
+OPD = "recipes/tiny.py:lightning_opd"
 SECONDS = OUTPUT / "seconds.json"
 CLOCK = threading.Lock()
 """Held while SECONDS is read and written."""
@@ -78,9 +75,15 @@ def commands() -> list[tuple[str, tuple[str, ...]]]:
     """(name, command) of every step, in order."""
     make = ("python", "-m", "lopd_megatron", "tiny-task", "--output", f"{tiny.DEMO}/task")
     measured = chain([f"recipes/tiny.py:{recipe}" for recipe in TRAINED])
-    measured += chain(["recipes/tiny.py:after"], only=("prompts", "rollouts", "scores"))
+    measure = ("python", "-m", "lopd_megatron", "measure", OPD)
+    problems = ("--input", f"{tiny.DEMO}/task/problems/test.jsonl", "--prompts", "512")
     report = ("python", "-m", "lopd_megatron", "report", str(OUTPUT / "lightning_opd"))
-    return [("task", make), *((stage.job, stage.command) for stage in measured), ("report", report)]
+    return [
+        ("task", make),
+        *((stage.job, stage.command) for stage in measured),
+        ("measure", (*measure, *problems)),
+        ("report", report),
+    ]
 
 
 def run_quietly(steps: list[tuple[str, tuple[str, ...]]]) -> None:
@@ -108,8 +111,8 @@ def run(name: str, command: tuple[str, ...], log: IO[str] | None = None) -> None
 
 
 def summarize() -> dict[str, Any]:
-    """Accuracy from the evaluations, reverse KL from scored rollouts, time from this program's clock."""
-    opd = load_recipe("recipes/tiny.py:lightning_opd")
+    """Accuracy from the evaluations, reverse KL from fresh responses, time from this program's clock."""
+    opd = load_recipe(OPD)
     evaluations = {name: read_evaluation(name) for name in COMPARED}
     accuracy = {name: found["accuracy"] for name, found in evaluations.items()}
     standard_error = {name: found["standard_error"] for name, found in evaluations.items()}
@@ -120,9 +123,9 @@ def summarize() -> dict[str, Any]:
         "standard_error": standard_error,
         "gain_over_sft": {"points": 100 * gain, "standard_errors": gain / error if error else None},
         "reverse_kl": {
-            "before": reverse_kl(opd),
-            "after": reverse_kl(load_recipe("recipes/tiny.py:after")),
-            "unit": "nats per response token, on the policy's own rollouts",
+            "before": reverse_kl(opd, "before"),
+            "after": reverse_kl(opd, "after"),
+            "unit": "nats per response token, on the policy's own responses to the test problems",
         },
         "seconds": json.loads(SECONDS.read_text()),
         "parallel": {
@@ -138,18 +141,9 @@ def read_evaluation(name: str) -> dict[str, Any]:
     return json.loads((OUTPUT / name / "evaluation" / f"{name}.json").read_text())
 
 
-def reverse_kl(config: RunConfig) -> float:
-    """KL(student ‖ teacher) per response token, estimated on the student's own rollouts at T = 1.
-
-    The mean of log π_rollout − log π_T.
-    """
-    total, count = 0.0, 0
-    for file in sorted(config.paths.scores.glob("shard-*.parquet")):
-        rows = pq.read_table(file, columns=["rollout_logprobs", "teacher_logprobs"])
-        student, teacher = (pc.list_flatten(rows[name]).to_numpy() for name in rows.column_names)
-        total += float(np.sum(student - teacher, dtype=np.float64))
-        count += len(student)
-    return total / count
+def reverse_kl(config: RunConfig, name: str) -> float:
+    """KL(student ‖ teacher) per response token, estimated on the student's own responses at T = 1."""
+    return json.loads((config.paths.measure / f"{name}.json").read_text())["kl_estimate"]["value"]
 
 
 def version(package: str) -> str | None:

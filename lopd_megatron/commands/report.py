@@ -3,8 +3,7 @@
     lopd report runs/demo/lightning_opd [--output report.html]
 
 The page needs no network and no scripts. Stages that have not run yet are named as missing, so a report can
-be made at any time. Rollouts after training are shown where a run beside this one has scored them (as
-recipes/tiny.py:after does).
+be made at any time. Responses after training are shown where `lopd measure` has sampled them.
 """
 
 from __future__ import annotations

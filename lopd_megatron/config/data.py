@@ -100,7 +100,12 @@ class DataConfig(Section):
     prefixes: list[str] = []
     """Datasets to train on; empty: the one this run built."""
     valid_prefixes: list[str] = []
-    """Held-out datasets for validation metrics and EffOPD scores."""
+    """Held-out datasets for validation metrics and EffOPD scores; empty: the part that this run held out."""
+    valid_fraction: float = Field(default=0.02, ge=0, le=0.25)
+    """Share of the rollouts, by whole prompts and at least 32, that the build keeps back for validation as
+    `dataset/valid`; 0: none. A dataset of which 32 are more than a quarter keeps none back."""
+    valid_seed: int = 1234
+    """Enters the hash that chooses the prompts; with one value all runs hold out the same ones."""
     seq_length: int = Field(default=16384, ge=2)
     """Tokens per packed row."""
     drop_truncated: bool = False

@@ -137,10 +137,10 @@ class TrainConfig(Section):
     """Save and stop with the requeue code after this long."""
     log_interval: int = Field(default=1, ge=1)
     """Iterations between two lines of the log."""
-    eval_interval: int = Field(default=0, ge=0)
-    """Validate on `data.valid_prefixes` every so many iterations; 0: never."""
+    eval_interval: int = Field(default=10, ge=0)
+    """Validate before the first step and every so many iterations, where there is held-out data; 0: never."""
     eval_documents: int = Field(default=256, ge=1)
-    """Held-out documents of one validation, the same every time."""
+    """Largest number of held-out documents of one validation, which costs a third of a step with as many."""
     profile_iters: list[int] = []
     """[first, last) iterations recorded by the torch profiler; empty: none."""
     tensorboard: bool = False

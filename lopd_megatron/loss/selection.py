@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from lopd_megatron.config import LossConfig
@@ -42,17 +44,7 @@ def _sampled_token(config: LossConfig, tokens: TrainedTokens) -> Objective:
 
 
 def _topk(config: LossConfig, tokens: TrainedTokens) -> tuple[torch.Tensor, Objective]:
-    topk_ids = _column(config, tokens, "teacher_topk_ids")
-    topk_logprobs = _column(config, tokens, "teacher_topk_logprobs")
-    if topk_ids.size(1) < config.topk:
-        raise UserError(
-            f"loss.topk={config.topk} is more than the {topk_ids.size(1)} teacher tokens per position of the "
-            "dataset; lower loss.topk or score again with a larger scores.topk"
-        )
-    ids = classes.class_ids(tokens.labels, topk_ids[:, : config.topk])
-    teacher = classes.teacher_class_logprobs(
-        ids, _column(config, tokens, "teacher_logprobs"), topk_logprobs[:, : config.topk]
-    )
+    ids, teacher = _token_classes(config, tokens)
 
     def objective(student: torch.Tensor, part: slice) -> TokenLoss:
         if config.objective == "topk_forward_kl":
@@ -62,6 +54,54 @@ def _topk(config: LossConfig, tokens: TrainedTokens) -> tuple[torch.Tensor, Obje
         return objectives.topk_jsd(student, teacher[part], config.jsd_beta)
 
     return ids, objective
+
+
+class ClassDivergence(NamedTuple):
+    """KL(π_θ ‖ π_T) of n tokens over token classes, and what the teacher's k tokens add to the whole KL."""
+
+    reverse_kl: torch.Tensor  # [n]
+    named: torch.Tensor  # [n], Σ p (log p − log q) over the k tokens
+    is_outside: torch.Tensor  # bool [n], the sampled token is none of the k
+
+
+def with_divergence(
+    config: LossConfig, tokens: TrainedTokens, objective: Objective
+) -> tuple[torch.Tensor, Objective, ClassDivergence]:
+    """Ids [n, 1 + k], the same objective on them, and what it fills in when the head calls it.
+
+    The classes are those of the objective; a sampled-token objective is measured on all k tokens of the
+    dataset, and its loss and gradient stay what they are.
+    """
+    ids, teacher = _token_classes(config, tokens)
+    is_outside = (ids != classes.ABSENT).all(1)
+    found = ClassDivergence(torch.zeros_like(teacher[:, 0]), torch.zeros_like(teacher[:, 0]), is_outside)
+
+    def measured(student: torch.Tensor, part: slice) -> TokenLoss:
+        reverse_kl, terms = objectives.topk_reverse_kl(student, teacher[part])
+        found.reverse_kl[part] = reverse_kl
+        label = torch.where(is_outside[part], 0.0, terms[:, 0])
+        found.named[part] = label + terms[:, 1:-1].sum(1)
+        loss, weights = objective(student, part)
+        if weights.size(1) < student.size(1):
+            weights = torch.cat([weights[:, :1], torch.zeros_like(student[:, 1:])], dim=1)
+        return TokenLoss(loss, weights)
+
+    return ids, measured, found
+
+
+def _token_classes(config: LossConfig, tokens: TrainedTokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids of the named classes [n, 1 + k] and the teacher's log-probs [n, 1 + k + 1]."""
+    topk_ids = _column(config, tokens, "teacher_topk_ids")
+    topk_logprobs = _column(config, tokens, "teacher_topk_logprobs")
+    k = config.topk if config.objective.startswith("topk_") else topk_ids.size(1)
+    if topk_ids.size(1) < k:
+        raise UserError(
+            f"loss.topk={config.topk} is more than the {topk_ids.size(1)} teacher tokens per position of the "
+            "dataset; lower loss.topk or score again with a larger scores.topk"
+        )
+    ids = classes.class_ids(tokens.labels, topk_ids[:, :k])
+    label = _column(config, tokens, "teacher_logprobs")
+    return ids, classes.teacher_class_logprobs(ids, label, topk_logprobs[:, :k])
 
 
 def _column(config: LossConfig, tokens: TrainedTokens, name: str) -> torch.Tensor:

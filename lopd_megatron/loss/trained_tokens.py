@@ -1,4 +1,4 @@
-"""The trained tokens of a micro-batch, taken out of it: loss, gradient and report see no others."""
+"""The trained tokens of a micro-batch, taken out of it: loss, gradient and metrics see no others."""
 
 from __future__ import annotations
 

@@ -74,9 +74,17 @@ def build_trainer(
 
 
 def build_loader(
-    config: RunConfig, spec: StudentSpec, topology: Topology, dataset: Dataset | None = None
+    config: RunConfig,
+    spec: StudentSpec,
+    topology: Topology,
+    dataset: Dataset | None = None,
+    *,
+    measured: bool = False,
 ) -> StepLoader:
-    """The dataset of this run (or another one), read step by step as this rank needs it."""
+    """The dataset of this run (or another one), read step by step as this rank needs it.
+
+    `measured`: also the columns that no loss needs and metrics are made of.
+    """
     dataset = dataset or open_dataset(config.dataset_prefixes)
     parallel = config.parallel
     return StepLoader(
@@ -92,13 +100,15 @@ def build_loader(
         # The interleaved schedule walks over groups of PP micro-batches.
         num_microbatches_multiple_of=topology.pp_size if topology.virtual_size > 1 else 1,
         pad_to_multiple_of=topology.tp_size if parallel.sequence_parallel else 1,
-        columns=needed_columns(config, topology, dataset.columns),
+        columns=needed_columns(config, topology, dataset.columns, measured),
         flop_crossover=crossover_length(spec),
         prefetch=topology.device.type == "cuda",
     )
 
 
-def needed_columns(config: RunConfig, topology: Topology, present: frozenset[str]) -> frozenset[str]:
+def needed_columns(
+    config: RunConfig, topology: Topology, present: frozenset[str], measured: bool = False
+) -> frozenset[str]:
     """What this pipeline stage reads: tokens on the first, what the objective compares on the last."""
     needed = {"tokens"} if topology.is_first_stage else set()
     if topology.is_last_stage:
@@ -110,6 +120,8 @@ def needed_columns(config: RunConfig, topology: Topology, present: frozenset[str
         # Otherwise only reported: how far the student has moved from the one that wrote the rollouts.
         if config.loss.objective == "opd_importance" or "rollout_logprobs" in present:
             needed.add("rollout_logprobs")
+        if measured and config.loss.objective != "sft":
+            needed |= {"teacher_topk_ids", "teacher_topk_logprobs"} & present
     return frozenset(needed)
 
 
@@ -249,16 +261,23 @@ def _set_environment(config: RunConfig) -> None:
 
 def standard_hooks(config: RunConfig) -> list[Hook]:
     """In the order in which they act after a step: what ends the run, what is measured, what is kept."""
+    from lopd_megatron.data.held_out import held_out_prefixes
     from lopd_megatron.train.hooks import SaveHook, StopHook
     from lopd_megatron.train.log import LogHook
     from lopd_megatron.train.profile import ProfileHook
     from lopd_megatron.train.staleness import StalenessHook
     from lopd_megatron.train.validate import ValidateHook
+    from lopd_megatron.train.warning_log import WarningLog
+    from lopd_megatron.train.watch import WatchHook
 
+    warnings = WarningLog(config.paths.warnings)
+    validates = config.train.eval_interval > 0 and bool(held_out_prefixes(config))
     trains_on_stored_rollouts = config.loss.objective != "sft" and not config.online.enabled
     hooks: list[Hook] = [
-        *([ValidateHook(config)] if config.train.eval_interval else []),
-        *([StalenessHook(config.staleness)] if trains_on_stored_rollouts else []),
+        warnings,
+        WatchHook(warnings),
+        *([ValidateHook(config, warnings)] if validates else []),
+        *([StalenessHook(config.staleness, warnings)] if trains_on_stored_rollouts else []),
         LogHook(config),
         SaveHook(),
         *([ProfileHook(config)] if config.train.profile_iters else []),

@@ -65,7 +65,7 @@ class Hook:
 class StepResult:
     """One optimizer step, the same on every rank."""
 
-    report: dict[str, torch.Tensor]  # name → float64 [2]: numerator, denominator over the whole batch
+    metric_sums: dict[str, torch.Tensor]  # name → float64 [2]: numerator, denominator over the whole batch
     num_tokens: int  # prompt and response tokens of the whole batch, without padding
     grad_norm: float  # before clipping
     learning_rate: float  # that this step used

@@ -186,7 +186,7 @@ def step(overrides: list[str]) -> dict[str, int]:
             chunk.zero_grad_buffer()
         reads.clear()
         (output,) = run_microbatches(trainer, work, forward_only=False)
-        for name, pair in output.report.items():
+        for name, pair in output.metric_sums.items():
             assert pair.device == DEVICE, name
         optimizer.step()
         for parameter in model[0].parameters():

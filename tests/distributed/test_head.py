@@ -101,7 +101,7 @@ def errors_of(case: Case, topology: Topology) -> Errors:
     shard = w.grad[vocab.vocab_start_index : vocab.vocab_end_index]
     return Errors(
         numerator=abs(output.numerator.item() - numerator.item()) / max(1e-30, abs(numerator.item())),
-        student_logprobs=abs(output.report["student_logprobs"][0].item() - logprobs.sum().item())
+        student_logprobs=abs(output.metric_sums["student_logprobs"][0].item() - logprobs.sum().item())
         / max(1e-30, logprobs.abs().sum().item()),
         # The whole norm as the scale: a shard that no label falls into may have hardly any gradient.
         d_hidden=float((d_hidden.double() - x.grad[rows]).norm() / x.grad.norm().clamp(min=1e-30)),
@@ -306,8 +306,8 @@ def test_context_parallel_ranks_pool_to_the_whole() -> None:
     expected = loss(exact((44, 40), 1)[:, None], exact((256, 40), 2), whole)
     assert sum(int(output.denominator) for output in outputs) == int(expected.denominator) == 3
     assert sum(float(output.numerator) for output in outputs) == pytest.approx(float(expected.numerator))
-    for name, pair in expected.report.items():
-        torch.testing.assert_close(sum(output.report[name] for output in outputs), pair, msg=name)
+    for name, pair in expected.metric_sums.items():
+        torch.testing.assert_close(sum(output.metric_sums[name] for output in outputs), pair, msg=name)
 
 
 def non_finite_in_one_shard() -> str:
@@ -322,7 +322,7 @@ def non_finite_in_one_shard() -> str:
     output = loss(exact((32, 1, 40), 1), weight, batch)
     grid.destroy()
     try:
-        loss.finite.raise_if_any(output.report)
+        loss.finite.raise_if_any(output.metric_sums)
     except NonFiniteLoss as error:
         return str(error)
     return ""

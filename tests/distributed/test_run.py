@@ -82,7 +82,7 @@ def test_a_run_that_was_stopped_three_times_is_the_run_that_was_not(inputs: Path
         assert {name: one[name] for name in same} == {name: other[name] for name in same}
     assert "valid_loss" in straight[3]
     assert "valid_loss" not in straight[2]
-    assert {"loss", "reverse_kl", "grad_norm", "lr", "consumed_train_samples"} <= straight[0].keys()
+    assert {"loss", "log_ratio_mean", "grad_norm", "lr", "consumed_train_samples"} <= straight[0].keys()
 
 
 class Spoiled:

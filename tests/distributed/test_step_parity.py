@@ -201,7 +201,7 @@ def mean_of_means(trainer: Any) -> None:
     def loss(*args: Any) -> LossOutput:
         output = stock(*args)
         count = output.denominator.clamp(min=1)
-        return LossOutput(output.numerator / count, torch.ones_like(count), output.report)
+        return LossOutput(output.numerator / count, torch.ones_like(count), output.metric_sums)
 
     loss.finite = stock.finite  # type: ignore[attr-defined]
     trainer.loss = loss

@@ -99,7 +99,7 @@ def advance(trainer: Trainer, steps: int) -> list[tuple[float, float]]:
         result = train_step(trainer, trainer.batches.step(trainer.consumed_train_samples))
         trainer.iteration += 1
         trainer.consumed_train_samples += trainer.config.train.global_batch_size
-        loss = result.report["loss"]
+        loss = result.metric_sums["loss"]
         seen.append((float(loss[0] / loss[1]), result.grad_norm))
     return seen
 

@@ -136,7 +136,7 @@ def ours(folder: Path, head: Callable[..., Any] | None = None) -> Pass:
     def run() -> list[float]:
         losses = []
         for consumed in range(0, DOCUMENTS, BATCH):
-            loss = train_step(trainer, trainer.batches.step(consumed)).report["loss"]
+            loss = train_step(trainer, trainer.batches.step(consumed)).metric_sums["loss"]
             losses.append(float(loss[0] / loss[1]))
         return losses
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -150,9 +151,8 @@ def test_a_layout_that_cannot_be_is_refused_by_a_dry_run(verb: list[str], settin
 
 
 def test_nine_heads_cannot_be_halved(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(
-        '{"num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers": 30, "intermediate_size": 24}'
-    )
+    sizes = {"num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers": 30}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | {"intermediate_size": 24}))
     size = f"model.student={tmp_path}", "parallel.tensor_model_parallel_size=2"
     with pytest.raises(UserError, match=r"=2 does not split 9 attention heads.*; these do: 1, 3$"):
         main(["train", "tiny:sft", *size, "--dry-run"])

@@ -74,10 +74,10 @@ def check(config: LossConfig, batch: MicroBatch, scales: tuple[float, ...] = (1.
     assert relative(hidden.grad[:, 0], x.grad) < TOLERANCE
     assert relative(weight.grad[:V], w.grad) < TOLERANCE
     assert (weight.grad[V:] == 0).all()
-    total, count = output.report["student_logprobs"].tolist()
+    total, count = output.metric_sums["student_logprobs"].tolist()
     assert count == logprobs.numel()
     assert total == pytest.approx(logprobs.sum().item(), rel=1e-6)
-    assert output.report["entropy"][0].item() == pytest.approx(entropy.sum().item(), rel=1e-5)
+    assert output.metric_sums["entropy"][0].item() == pytest.approx(entropy.sum().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("normalization", ["token_mean", "per_sequence"])
@@ -178,12 +178,12 @@ def test_an_all_masked_micro_batch_counts_nothing(objective: str, normalization:
     assert weight.grad is not None
     assert (hidden.grad == 0).all()
     assert (weight.grad == 0).all()
-    assert all((pair == 0).all() for pair in output.report.values())
+    assert all((pair == 0).all() for pair in output.metric_sums.values())
 
 
 def test_the_report_has_the_same_keys_with_and_without_trained_tokens() -> None:
     config, batch = LossConfig(), random_batch([9, 6], vocab_size=V)
-    assert list(run(config, batch)[0].report) == list(run(config, all_masked(batch))[0].report)
+    assert list(run(config, batch)[0].metric_sums) == list(run(config, all_masked(batch))[0].metric_sums)
 
 
 def test_per_sequence_counts_documents_with_trained_tokens() -> None:
@@ -283,13 +283,13 @@ def test_a_non_finite_token_is_named(value: float) -> None:
     batch = random_batch([20, 11], vocab_size=V)
     loss = build_loss(LossConfig(), vocab=VocabRange.of(V, PADDED, None), sequence_parallel=False)
     hidden, weight = exact((31, 1, H), 1.0, 1), exact((PADDED, H), 1.0, 2)
-    loss.finite.raise_if_any(loss(hidden, weight, batch).report)
+    loss.finite.raise_if_any(loss(hidden, weight, batch).metric_sums)
     hidden[25] = value  # document 101 starts at row 20; row 25 is about its token 6
-    report = loss(hidden, weight, batch).report
+    sums = loss(hidden, weight, batch).metric_sums
     with pytest.raises(NonFiniteLoss, match=r"document 101, token 6 is not finite \(1 such"):
-        loss.finite.raise_if_any(report)
+        loss.finite.raise_if_any(sums)
     with pytest.raises(NonFiniteLoss, match="another rank"):
-        loss.finite.raise_if_any(report)  # the step is forgotten; only the pooled count speaks
+        loss.finite.raise_if_any(sums)  # the step is forgotten; only the pooled count speaks
 
 
 def test_huber_gradient_reaches_the_hidden_states() -> None:

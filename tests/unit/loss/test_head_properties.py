@@ -53,7 +53,7 @@ def test_head_equals_the_dense_reference(
     assert hidden.grad is not None
     assert weight.grad is not None
     assert abs(output.numerator.item() - numerator.item()) <= 1e-6 * max(1.0, abs(numerator.item()))
-    assert abs(float(output.report["student_logprobs"][0] - logprobs.sum())) <= 1e-6 * max(
+    assert abs(float(output.metric_sums["student_logprobs"][0] - logprobs.sum())) <= 1e-6 * max(
         1.0, float(logprobs.abs().sum())
     )
     for gradient, reference in ((hidden.grad[:, 0], dense_x.grad), (weight.grad[:vocab_size], dense_w.grad)):
