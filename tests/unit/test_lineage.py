@@ -196,7 +196,7 @@ def test_another_vocabulary(family: Family) -> None:
 
 def test_sft_data_of_another_teacher(family: Family) -> None:
     written = Lineage(generator=model_fingerprint(family.teacher))
-    arguments = {"student": family.student, "data": written, "objective": "sft"}
+    arguments = {"student": family.student, "data": written, "needs_teacher": False}
     assert check_consistency(teacher=family.teacher, **arguments) == ""
     assert "the SFT data was written by" in refused(teacher=family.other_teacher, **arguments)
 
