@@ -14,7 +14,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lopd_megatron.errors import UserError
-from lopd_megatron.fingerprints import Fingerprint, model_fingerprint, read_json, tokenizer_fingerprint
+from lopd_megatron.fingerprints import Fingerprint, model_fingerprint, tokenizer_fingerprint
+from lopd_megatron.hf_folder import read_json
 from lopd_megatron.progress import say
 
 LINEAGE_FILE = "lineage.json"

@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "files", "imports", "progress", "records", "plugins", "config", "cli"),
+    ("hf_folder",),
     ("fingerprints", "lineage", "refresh", "settings_reference", "layout_check"),
     ("loss", "parallel"),
     ("data", "model"),
