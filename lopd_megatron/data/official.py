@@ -9,6 +9,8 @@ rollout log-probs and no finish reason: its datasets cannot pass the alignment p
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +46,13 @@ class OfficialFile:
         """Rows: the file does not say how many tokens it has."""
         return pq.read_metadata(self.path).num_rows
 
+    def prompt_ids(self) -> list[str]:
+        """Hashes of the prompts as they are in the file."""
+        return [
+            _prompt_id(prompt)
+            for prompt in pq.read_table(self.path, columns=["prompt"])["prompt"].to_pylist()
+        ]
+
     def batches(self) -> Iterator[RolloutBatch]:
         row = 0
         with pq.ParquetFile(self.path) as file:
@@ -71,6 +80,7 @@ class OfficialFile:
                     f"and {len(logprobs)} teacher_log_probs; score it again"
                 )
         return RolloutBatch(
+            prompt_ids=np.array([_prompt_id(row["prompt"]) for row in rows], object),
             prompt_lengths=np.array([len(prompt) for prompt in prompts], np.int32),
             response_lengths=np.array([len(tokens) for tokens in fields["response_tokens"]], np.int32),
             is_truncated=np.zeros(len(rows), bool),
@@ -91,6 +101,10 @@ class OfficialFile:
             return checked_cast(np.array(value), dtype, name) if value else np.empty(0, dtype)
         except ValueError as error:
             raise UserError(f"{self.path}: row {number}: {error}; score the file again") from None
+
+
+def _prompt_id(prompt: Any) -> str:
+    return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()
 
 
 def prompt_tokenizer(folder: str | Path) -> PromptTokenizer:

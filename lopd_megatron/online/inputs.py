@@ -29,9 +29,7 @@ def connect(config: RunConfig) -> Engines:
     for name in ("student", "teacher"):
         url = getattr(config.online, f"{name}_url")
         if not url:
-            raise UserError(
-                f"online.{name}_url is empty; start the run with tools/train_online.py or name a server"
-            )
+            raise UserError(f"online.{name}_url is empty; start the run with lopd train or name a server")
         client = ServerClient(
             url,
             f"{name} server",
@@ -76,7 +74,7 @@ def check_online_inputs(config: RunConfig) -> Inputs:
     reason = check_consistency(
         student=student,
         teacher=teacher,
-        objective=config.loss.objective,
+        needs_teacher=config.needs_teacher,
         allow_mismatch=config.lineage.allow_mismatch,
     )
     start, parent = model_fingerprint(student), read_model_lineage(student)

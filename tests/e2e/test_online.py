@@ -26,7 +26,7 @@ KEY = "the key of the servers of this test"
 
 RECIPES = """
 from lopd_megatron.config import RunConfig
-from recipes import tiny
+from lopd_megatron.recipes import tiny
 
 ROOT = {root!r}
 

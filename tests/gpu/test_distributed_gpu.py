@@ -73,7 +73,7 @@ def test_head_gradients_equal_the_dense_reference(world_size: int) -> None:
 def test_steps_equal_those_of_transformers(
     world_size: int, family: str, objective: str, tmp_path: Path
 ) -> None:
-    from recipes import tiny_task
+    from lopd_megatron.recipes import tiny_task
 
     save_model(family, tmp_path / "student")
     tiny_task.save_tokenizer(tmp_path / "student")

@@ -16,7 +16,7 @@ from lopd_megatron.data.official import OfficialFile, prompt_tokenizer
 from lopd_megatron.data.store import open_dataset
 from lopd_megatron.errors import UserError
 from lopd_megatron.lineage import Lineage
-from recipes import tiny_task
+from lopd_megatron.recipes import tiny_task
 
 
 def official_row(response: list[int], **fields: Any) -> dict[str, Any]:

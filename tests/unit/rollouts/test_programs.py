@@ -13,8 +13,8 @@ from lopd_megatron.config import EngineConfig, RunConfig
 from lopd_megatron.errors import EXIT_DOCUMENTS_FAILED, UserError
 from lopd_megatron.evaluation import evaluate
 from lopd_megatron.rollouts import programs, shard_files
-from lopd_megatron.rollouts.programs import Share
 from lopd_megatron.rollouts.prompts import run_prompts
+from lopd_megatron.rollouts.share import Share
 from tests.unit.rollouts.fake_engine import EOS, FakeEngine
 
 
@@ -117,7 +117,7 @@ def test_failed_documents_set_the_exit_code_until_they_are_accepted(config: RunC
 
 
 def test_stages_ask_for_what_they_read(config: RunConfig) -> None:
-    with pytest.raises(UserError, match=r"0 of 1 shards of prompts; run tools/prepare_prompts.py"):
+    with pytest.raises(UserError, match=r"0 of 1 shards of prompts; run lopd prompts"):
         programs.run_rollouts(config, Share())
     config.model.teacher = "nowhere"
     with pytest.raises(UserError, match=r"model.teacher='nowhere' is not a Hugging Face folder"):

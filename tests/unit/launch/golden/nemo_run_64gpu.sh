@@ -71,7 +71,7 @@ fi
 # qwen3_32b-lightning_opd-scores/scripts/qwen3_32b-lightning_opd-scores.sh
 #!/bin/bash
 cd /remote/lopd
-exec python tools/score_rollouts.py --recipe recipes/qwen3_32b.py:lightning_opd parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]' launch.ssh_host=me@login.invalid launch.ssh_checkout=/remote/lopd
+exec python -m lopd_megatron scores recipes/qwen3_32b.py:lightning_opd parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]' launch.ssh_host=me@login.invalid launch.ssh_checkout=/remote/lopd
 
 # qwen3_32b-lightning_opd-train_sbatch.sh
 #!/bin/bash
@@ -150,5 +150,5 @@ fi
 # qwen3_32b-lightning_opd-train/scripts/qwen3_32b-lightning_opd-train.sh
 #!/bin/bash
 cd /remote/lopd
-exec python -m lopd_megatron.launch.torchrun --nnodes 8 --nproc-per-node 8 -m lopd_megatron.train --recipe recipes/qwen3_32b.py:lightning_opd parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]' launch.ssh_host=me@login.invalid launch.ssh_checkout=/remote/lopd
+exec python -m lopd_megatron.launch.torchrun --nnodes 8 --nproc-per-node 8 -m lopd_megatron.train recipes/qwen3_32b.py:lightning_opd parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]' launch.ssh_host=me@login.invalid launch.ssh_checkout=/remote/lopd
 
