@@ -31,8 +31,8 @@ def layer_communication(layer: Layer, work: Work, device: Device, software: Soft
 
 
 def _tensor(block: object, work: Work, device: Device, software: Software, seconds: Seconds) -> None:
-    """Sequence parallelism: all-gather and reduce-scatter in each direction, one more gather for gradients."""
-    if isinstance(block, Experts) and not block.shared:
+    """Sequence parallelism: all-gather and reduce-scatter, twice, and one more gather for the gradients."""
+    if isinstance(block, Experts) and not block.shared and work.etp == 1:
         return
     crossing = 2.0 * work.tokens * work.hidden * (work.tp - 1) / work.tp
     one = nvlink_seconds(crossing, device)

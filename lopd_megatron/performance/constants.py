@@ -53,3 +53,32 @@ class Constants:
     @classmethod
     def from_logs(cls, logs: list[float]) -> Constants:
         return cls(**{name: math.exp(value) for name, value in zip(cls.names(), logs, strict=True)})
+
+
+MEANING = {
+    "bf16": "share of the bfloat16 peak that large products reach",
+    "fp8": "the same for FP8 with tensor scaling",
+    "mxfp8": "the same for MXFP8",
+    "fp4": "the same for NVFP4",
+    "depth": "inner terms that filling and draining a tile of a product costs",
+    "attention": "share of the bfloat16 peak of the products inside attention, exponentials counted apart",
+    "memory": "share of the memory bandwidth for the listed traffic; what is not listed lowers it",
+    "kernel": "seconds that each product costs beyond its arithmetic",
+    "grouped": "rate of the experts' products over that of a dense one, one kernel an expert",
+    "fused_grouped": "the same in one kernel with casts and activation",
+    "launch": "seconds of the host for forward and backward of one block without CUDA graphs",
+    "expert_launch": "the same for a mixture's block with HybridEP",
+    "slow_dispatch": "factor of `expert_launch` with all-to-all or DeepEP",
+    "partial_graphs": "share of `expert_launch` that partial CUDA graphs leave",
+    "nvlink": "share of the NVLink bandwidth that collectives reach",
+    "nic": "share of the network bandwidth that collectives reach",
+    "tensor_exposed": "share of TP and CP collectives that overlap does not hide",
+    "expert_exposed": "share of the experts' all-to-all that overlap does not hide",
+    "data_hidden": "share of the last backward (first forward) that hides gradients (parameters)",
+    "mamba": "passes over the inner width of a Mamba block, forward",
+    "b_power": "sustained rate of B200 and B300 (1,000 to 1,100 W, air) over GB300",
+    "gb200_power": "sustained rate of GB200 over GB300",
+    "step": "seconds of a step outside layers: data, norms, logging",
+    "progress": "speed that a month of releases adds at unchanged settings",
+}
+"""Of every constant, for the table in docs/performance.md."""

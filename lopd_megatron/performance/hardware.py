@@ -44,16 +44,60 @@ GPUS = {
         Gpu("H100", 989e12, 1979e12, 0, 3.35e12, 80e9, 450e9, 8, 50e9, 3.9e12, 8, _HOPPER),
         Gpu("H200", 989e12, 1979e12, 0, 4.8e12, 141e9, 450e9, 8, 50e9, 3.9e12, 8, _HOPPER),
         Gpu(
-            "B200", 2250e12, 4500e12, 9000e12, 8e12, 180e9, 900e9, 8, 50e9, 4.6e12, 8, _DGX + "ConnectX-7, 400 Gb/s"
+            "B200",
+            2250e12,
+            4500e12,
+            9000e12,
+            8e12,
+            180e9,
+            900e9,
+            8,
+            50e9,
+            4.6e12,
+            8,
+            _DGX + "ConnectX-7, 400 Gb/s",
         ),
         Gpu(
-            "B300", 2250e12, 4500e12, 13500e12, 8e12, 270e9, 900e9, 8, 100e9, 9.2e12, 8, _DGX + "ConnectX-8, 800 Gb/s"
+            "B300",
+            2250e12,
+            4500e12,
+            13500e12,
+            8e12,
+            270e9,
+            900e9,
+            8,
+            100e9,
+            9.2e12,
+            8,
+            _DGX + "ConnectX-8, 800 Gb/s",
         ),
         Gpu(
-            "GB200", 2500e12, 5000e12, 10000e12, 8e12, 186e9, 900e9, 72, 50e9, 4.6e12, 4, _NVL + "ConnectX-7, 400 Gb/s"
+            "GB200",
+            2500e12,
+            5000e12,
+            10000e12,
+            8e12,
+            186e9,
+            900e9,
+            72,
+            50e9,
+            4.6e12,
+            4,
+            _NVL + "ConnectX-7, 400 Gb/s",
         ),
         Gpu(
-            "GB300", 2500e12, 5000e12, 15000e12, 8e12, 278e9, 900e9, 72, 100e9, 9.2e12, 4, _NVL + "ConnectX-8, 800 Gb/s"
+            "GB300",
+            2500e12,
+            5000e12,
+            15000e12,
+            8e12,
+            278e9,
+            900e9,
+            72,
+            100e9,
+            9.2e12,
+            4,
+            _NVL + "ConnectX-8, 800 Gb/s",
         ),
     )
 }
@@ -66,5 +110,7 @@ def find_gpu(name: str) -> Gpu:
     """The GPU of this name; `DGX-` in front of it is allowed."""
     key = name.upper().removeprefix("DGX-").removeprefix("HGX-").split()[0] if name.strip() else ""
     if key not in GPUS:
-        raise UserError(f"no GPU {name!r} in the table; known are {', '.join(GPUS)} (performance/hardware.py)")
+        raise UserError(
+            f"no GPU {name!r} in the table; known are {', '.join(GPUS)} (performance/hardware.py)"
+        )
     return GPUS[key]

@@ -48,7 +48,7 @@ class Device:
         return self.gpu.peak(precision) * share * self.power()
 
     def arithmetic(self, m: float, k: float, n: float, precision: str) -> float:
-        """Of a product whose sums have k terms: filling and draining a tile costs as much as `depth` terms."""
+        """Of a product whose sums have k terms; filling and draining a tile costs `depth` more."""
         return 2.0 * m * (k + self.constants.depth) * n / self.rate(precision)
 
     def move(self, num_bytes: float) -> float:
@@ -230,7 +230,5 @@ def sum_seconds(items: Iterable[tuple[Seconds, float]]) -> Seconds:
     total = Seconds()
     for seconds, count in items:
         for part in {**seconds.forward, **seconds.backward}:
-            total.add(
-                part, count * seconds.forward.get(part, 0.0), count * seconds.backward.get(part, 0.0)
-            )
+            total.add(part, count * seconds.forward.get(part, 0.0), count * seconds.backward.get(part, 0.0))
     return total

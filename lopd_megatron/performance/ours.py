@@ -25,7 +25,7 @@ DIFFERENCES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def price_list(step: Step) -> list[tuple[str, float, float]]:
-    """(item, seconds of the step before it, seconds with it) one after the other; items already there cost 0."""
+    """(item, seconds of the step before it, seconds with it), one after the other."""
     model = fitted_model()
     found = []
     software: Software = step.software

@@ -3,8 +3,8 @@
     lopd plan recipes/qwen3_8b.py:lightning_opd --gpus 8 --gpu H100
     lopd plan --model Qwen3-235B-A22B --gpus 256 --gpu H100 --search --dollars-per-gpu-hour 2.5
 
-Seconds come from a model of time that published runs confirm (docs/performance.md), memory from shapes. No GPU
-has run this code: figures for this trainer are predictions. Exit code 1: no layout fits.
+Seconds come from a model of time that published runs confirm (docs/performance.md), memory from shapes.
+No GPU has run this code: figures for this trainer are predictions. Exit code 1: no layout fits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import UserError
 from lopd_megatron.performance.hardware import GPUS, Gpu, find_gpu
 from lopd_megatron.performance.known_models import NAMES, known_config
-from lopd_megatron.performance.prediction import Batch, fitted_model, training_step
+from lopd_megatron.performance.prediction import Batch, fitted_model
 from lopd_megatron.performance.search import Plan, plan_layout, search_layouts
 from lopd_megatron.performance.shapes import ModelShape, shape_from_hf
 from lopd_megatron.performance.stages import (
@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     hf = _architecture(config.model.student)
     batch = _batch(config, args)
     print(
-        f"{config.model.student}: {config.train.global_batch_size} sequences of {batch.length:.0f} tokens a step, "
+        f"{config.model.student}: {config.train.global_batch_size} sequences of {batch.length:.0f} tokens a "
+        "step, "
         f"{config.train.train_iters} steps on {args.gpus} × {gpu.name} ({gpu.memory / 1e9:.0f} GB)"
     )
     plans = _training_plans(hf, config, gpu, args, batch)
@@ -74,12 +75,20 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments.add_argument("--global-batch-size", type=_positive)
     arguments.add_argument("--train-iters", type=_positive)
     arguments.add_argument("--prompt-tokens", type=_positive, default=150, help="mean of a prompt")
-    arguments.add_argument("--mean-tokens", type=_positive, help="of a sequence; default: responses at their cap")
-    arguments.add_argument("--response-median", type=_positive, help="median response of a lognormal; default: the cap")
+    arguments.add_argument(
+        "--mean-tokens", type=_positive, help="of a sequence; default: responses at their cap"
+    )
+    arguments.add_argument(
+        "--response-median", type=_positive, help="median response of a lognormal; default: the cap"
+    )
     arguments.add_argument("--prompts", type=_positive, default=17_398, help="number of prompts")
-    arguments.add_argument("--imbalance", type=float, default=1.0, help="tokens of the busiest expert rank over the mean")
+    arguments.add_argument(
+        "--imbalance", type=float, default=1.0, help="tokens of the busiest expert rank over the mean"
+    )
     arguments.add_argument("--attention", choices=("varlen", "transformer_engine"), default="varlen")
-    arguments.add_argument("--storage", type=float, default=5.0, metavar="GB/s", help="of the file system, assumed")
+    arguments.add_argument(
+        "--storage", type=float, default=5.0, metavar="GB/s", help="of the file system, assumed"
+    )
     arguments.add_argument("--dollars-per-gpu-hour", type=float)
     return arguments.parse_args(argv)
 
@@ -138,7 +147,7 @@ def _architecture(model: str) -> dict[str, Any]:
         found = found or known_config(_of_run(model))
         if found is None:
             raise UserError(
-                f"no folder {model!r} with a config.json, and no model of this name; known: {', '.join(NAMES)}"
+                f"no folder {model!r} with a config.json and no known model; known are {', '.join(NAMES)}"
             ) from None
         return found
 
@@ -204,7 +213,9 @@ def _stage_rows(
     tokens = sum(lengths) + count * args.prompt_tokens
     online = config.online.enabled
     if not config.data.prefixes and not online:
-        rows.append(_rollout_row(config, gpu, args, lengths, teacher if rollouts.generator == "teacher" else student))
+        rows.append(
+            _rollout_row(config, gpu, args, lengths, teacher if rollouts.generator == "teacher" else student)
+        )
         if not is_sft:
             rows.append(_score_row(config, gpu, args, teacher, tokens, sum(lengths) / count))
     steps = config.train.train_iters
@@ -226,7 +237,12 @@ def _stage_rows(
     storage = args.storage * 1e9
     blocked = 0.1 if config.checkpoint.async_save else 1.0
     rows.append(
-        StageRow("checkpoints", saves * blocked * disk.checkpoint / storage, args.gpus, f"{saves} saves at {args.storage:g} GB/s")
+        StageRow(
+            "checkpoints",
+            saves * blocked * disk.checkpoint / storage,
+            args.gpus,
+            f"{saves} saves at {args.storage:g} GB/s",
+        )
     )
     rows.append(StageRow("export", 2 * disk.export / storage, 0, "reads a checkpoint, writes weights"))
     return rows, disk
@@ -239,11 +255,19 @@ def _rollout_row(
     size = min(args.gpus, max(engine.tensor_parallel_size, _least_gpus(shape, gpu)))
     engines = max(1, args.gpus // size)
     found = decode(
-        shape, gpu, lengths=lengths, prompt=args.prompt_tokens, engines=engines, gpus_per_engine=size,
+        shape,
+        gpu,
+        lengths=lengths,
+        prompt=args.prompt_tokens,
+        engines=engines,
+        gpus_per_engine=size,
         max_sequences=engine.max_num_seqs,
     )
     rate = found.tokens / found.seconds / (engines * size) if math.isfinite(found.seconds) else 0.0
-    note = f"{engines} engines × {size}, {found.slots} sequences each, {rate:.0f} tokens/s/GPU, tail {found.tail_share:.0%}"
+    note = (
+        f"{engines} engines × {size}, {found.slots} sequences each, {rate:.0f} tokens/s/GPU, "
+        f"tail {found.tail_share:.0%}"
+    )
     return StageRow("rollouts", found.seconds, engines * size, note)
 
 
@@ -252,7 +276,13 @@ def _score_row(
 ) -> StageRow:
     size = min(args.gpus, max(config.scores.engine.tensor_parallel_size, _least_gpus(shape, gpu)))
     seconds = score_seconds(
-        fitted_model(), shape, gpu, tokens=tokens, length=response + args.prompt_tokens, response=response, tp=size
+        fitted_model(),
+        shape,
+        gpu,
+        tokens=tokens,
+        length=response + args.prompt_tokens,
+        response=response,
+        tp=size,
     )
     gpus = args.gpus // size * size
     return StageRow("scores", seconds / gpus, gpus, f"{tokens / seconds:.0f} tokens/s/GPU")
@@ -289,8 +319,8 @@ def _print_disk(disk: Disk, plan: Plan) -> None:
     memory = plan.memory
     print(
         f"\ndisk: {disk.total / 1e9:,.0f} GB = rollouts and scores {disk.rollouts / 1e9:.1f}, dataset "
-        f"{disk.dataset / 1e9:.1f}, {disk.kept_checkpoints} checkpoints of {disk.checkpoint / 1e9:,.0f}, export "
-        f"{disk.export / 1e9:.0f}"
+        f"{disk.dataset / 1e9:.1f}, {disk.kept_checkpoints} checkpoints of {disk.checkpoint / 1e9:,.0f}, "
+        f"export {disk.export / 1e9:.0f}"
     )
     parts = ("weights", "gradients", "optimizer", "activations", "recompute", "head")
     shown = ", ".join(f"{name} {getattr(memory, name) / GIB:.1f}" for name in parts)

@@ -88,16 +88,23 @@ def predict_training(
 
 
 def predicted_step_ms(
-    hf: dict[str, Any], config: RunConfig, device_name: str, world_size: int, batch: Batch
+    hf: dict[str, Any],
+    config: RunConfig,
+    device_name: str,
+    world_size: int,
+    batch: Batch,
+    *,
+    transformer_engine: bool = False,
 ) -> float | None:
     """Milliseconds that a step should take on this device; None for one that the table does not know.
 
-    The log writes it beside the measured time. Never raises on an unknown device or model.
+    The log writes it beside the measured time, so an unknown device or model is no error.
     """
+    if config.train.precision != "bf16":
+        return None
     try:
         gpu = find_gpu(device_name.replace("NVIDIA", "").strip())
-        use_te = config.model.attention == "transformer_engine"
-        software = our_software(config, transformer_engine=use_te)
+        software = our_software(config, transformer_engine=transformer_engine)
         return 1e3 * predict_training(hf, config, gpu, world_size, batch, software=software).seconds
     except UserError:
         return None

@@ -72,7 +72,7 @@ def parse_row(fields: dict[str, str]) -> Row:
         gpus, batch, micro, length = (
             int(fields[name]) for name in ("gpus", "global_batch_size", "micro_batch_size", "seq_length")
         )
-        layout = Layout(gpus, *(max(1, int(fields[name] or 1)) for name in ("tp", "pp", "cp", "vp", "ep")))
+        layout = Layout(gpus, **{name: max(1, int(fields[name] or 1)) for name in _LAYOUT[:-1]})
         published = float(fields["tokens_per_second_per_gpu"])
         fsdp = int(fields.get("fsdp") or 0) > 0
         system, precision_name = fields["system"], fields["precision"].strip()
@@ -102,7 +102,10 @@ def parse_row(fields: dict[str, str]) -> Row:
         software=software,
         frozen=kind == "lora",
     )
-    label = f"{release} {gpu.name} {name} {kind} {precision} TP{layout.tp} PP{layout.pp} CP{layout.cp} VP{layout.vp} EP{layout.ep} MBS{micro}"
+    label = (
+        f"{release} {gpu.name} {name} {kind} {precision} TP{layout.tp} PP{layout.pp} CP{layout.cp} "
+        f"VP{layout.vp} EP{layout.ep} MBS{micro}"
+    )
     return Row(name.removesuffix("-no-mtp"), gpu.name, label, step, published)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-
-from lopd_megatron.performance.shapes import Attention, Experts, Mamba, Mlp, ModelShape, hybrid, repeat
+from lopd_megatron.performance.shapes import Attention, Block, Experts, Mamba, Mlp, ModelShape, hybrid, repeat
 
 _LATENT = Attention(128, 128, 192, 128, q_rank=1536, kv_rank=512, rope_dim=64)
 _LATENT_64 = Attention(64, 64, 192, 128, q_rank=1536, kv_rank=512, rope_dim=64)
@@ -15,7 +13,9 @@ def _llama(hidden: int, layers: int, heads: int, width: int, vocab: int = 128256
     return ModelShape(hidden, vocab, repeat(((Attention(heads, 8, 128, 128), Mlp(width)), layers)))
 
 
-def _qwen(hidden: int, layers: int, heads: int, kv: int, width: int, experts: int = 0, topk: int = 8) -> ModelShape:
+def _qwen(
+    hidden: int, layers: int, heads: int, kv: int, width: int, experts: int = 0, topk: int = 8
+) -> ModelShape:
     mlp = Experts(experts, topk, width) if experts else Mlp(width)
     return ModelShape(hidden, 151936, repeat(((Attention(heads, kv, 128, 128), mlp), layers)))
 
@@ -26,27 +26,29 @@ def _gpt_oss(layers: int, experts: int) -> ModelShape:
     return ModelShape(2880, 201088, tuple(pair * (layers // 2)))
 
 
-_NANO = {
+_NANO: dict[str, Block] = {
     "M": Mamba(64, 64, 128, 8),
     "E": Experts(128, 6, 1856, shared=3712, gated=False),
     "*": Attention(32, 2, 128, 128),
 }
 _NANO_PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
-_SUPER = {
+_SUPER: dict[str, Block] = {
     "M": Mamba(128, 64, 128, 8),
     "E": Experts(512, 22, 2688, shared=5376, latent=1024, gated=False),
     "*": Attention(32, 2, 128, 128),
 }
-_SUPER_PATTERN = (
-    "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME"
-)
-_ULTRA = {
+_SUPER_PATTERN = "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME"
+_ULTRA: dict[str, Block] = {
     "M": Mamba(256, 64, 128, 8),
     "E": Experts(512, 22, 5120, shared=10240, latent=2048, gated=False),
     "*": Attention(64, 2, 128, 128),
 }
-_H56 = {"M": Mamba(256, 64, 256, 8), "-": Mlp(32768, gated=False), "*": Attention(64, 8, 128, 128)}
-_H56_PATTERN = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
+_H56: dict[str, Block] = {
+    "M": Mamba(256, 64, 256, 8),
+    "-": Mlp(32768, gated=False),
+    "*": Attention(64, 8, 128, 128),
+}
+_H56_PATTERN = "M-M-M-M*" + 10 * "-M-M-M-M-M*" + "-M-M-M-M-M-"
 _V4 = Attention(64, 1, 512, 512, window=640, q_rank=1024, out_rank=8192, out_groups=8, gathered=512)
 _V4_EXPERTS = Experts(256, 6, 2048, shared=2048)
 
@@ -70,11 +72,16 @@ PUBLISHED_MODELS: dict[str, ModelShape] = {
         7168, 129280, repeat(((_LATENT, Mlp(18432)), 3), ((_LATENT, _V3_EXPERTS), 58))
     ),
     "deepseek-v4-flash": ModelShape(
-        4096, 129280, repeat(((_V4, _V4_EXPERTS), 43)), streams=4,
+        4096,
+        129280,
+        repeat(((_V4, _V4_EXPERTS), 43)),
+        streams=4,
         extra=((_V4, _V4_EXPERTS),),
     ),
     "kimi-k2": ModelShape(
-        7168, 163840, repeat(((_LATENT_64, Mlp(18432)), 1), ((_LATENT_64, Experts(384, 8, 2048, shared=2048)), 60))
+        7168,
+        163840,
+        repeat(((_LATENT_64, Mlp(18432)), 1), ((_LATENT_64, Experts(384, 8, 2048, shared=2048)), 60)),
     ),
     "gpt-oss-120b": _gpt_oss(36, 128),
     "gpt-oss-20b": _gpt_oss(24, 32),

@@ -30,7 +30,9 @@ def layout_correlations(rows: Sequence[Row], predicted: Sequence[float]) -> dict
     runs: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for row, value in zip(rows, predicted, strict=True):
         software = row.step.software
-        run = f"{row.label.split(' ', 1)[1]} {software.graphs} {software.dispatcher} {software.overlap_experts}"
+        run = (
+            f"{row.label.split(' ', 1)[1]} {software.graphs} {software.dispatcher} {software.overlap_experts}"
+        )
         runs[row.model, row.system][run].append((row.tokens_per_second, value))
     found = {}
     for (model, system), members in sorted(runs.items()):

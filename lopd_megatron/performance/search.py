@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import UserError
@@ -71,9 +71,7 @@ def search_layouts(
     tried = 0
     for config in _candidates(hf, base, gpus, node_gpus):
         try:
-            plan, fits = plan_layout(
-                hf, config, gpu, gpus, batch, attention=attention, imbalance=imbalance
-            )
+            plan, fits = plan_layout(hf, config, gpu, gpus, batch, attention=attention, imbalance=imbalance)
         except UserError:
             continue
         tried += 1
@@ -111,7 +109,7 @@ def _candidates(hf: dict[str, Any], base: RunConfig, gpus: int, node_gpus: int) 
         for vp in (None, 2, 4, 8)
         if pp <= min(gpus, 32) and (vp is None or pp > 1) and even_pipeline(layers, pp, vp or 1)
     ]
-    recomputations: list[tuple[str, list[str]]] = [
+    recomputations: list[tuple[Literal["none", "selective", "full"], list[str]]] = [
         ("none", ["core_attn"]),
         ("selective", ["moe"] if experts else ["mlp"]),
         ("full", ["core_attn"]),
@@ -131,6 +129,6 @@ def _candidates(hf: dict[str, Any], base: RunConfig, gpus: int, node_gpus: int) 
         config.parallel.virtual_pipeline_model_parallel_size = vp
         config.parallel.expert_model_parallel_size = ep
         config.parallel.expert_tensor_parallel_size = tp if experts and ep == 1 else 1
-        config.train.recompute_granularity = granularity  # type: ignore[assignment]
+        config.train.recompute_granularity = granularity
         config.train.recompute_modules = modules
         yield config

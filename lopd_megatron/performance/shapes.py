@@ -6,14 +6,14 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Union
+from typing import Any
 
 from lopd_megatron.errors import UserError
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Softmax attention. With `kv_rank` it is multi-head latent attention: low-rank queries, keys and values."""
+    """Softmax attention; with `kv_rank` multi-head latent attention: low-rank queries, keys and values."""
 
     heads: int
     kv_heads: int
@@ -90,7 +90,7 @@ class Mamba:
         return self.heads * self.head_dim
 
 
-Block = Union[Attention, Mlp, Experts, Mamba]
+Block = Attention | Mlp | Experts | Mamba
 Layer = tuple[Block, ...]
 
 

@@ -61,15 +61,17 @@ def decode(
     engines: int,
     gpus_per_engine: int,
     max_sequences: int,
+    value_bytes: float = 2.0,
 ) -> Decoding:
     """Continuous batching on `engines` equal engines: a finished sequence hands its slot to the next.
 
-    A decoding step reads the weights once and the KV cache of the sequences in flight.
+    A decoding step reads the weights once and the KV cache of the sequences in flight. `value_bytes`: of a
+    weight and of a cached value, 1 for FP8.
     """
-    weights = 2.0 * shape.parameters
+    weights = value_bytes * shape.parameters
     memory = gpu.memory * gpus_per_engine
     mean = sum(lengths) / len(lengths)
-    cache = kv_bytes(shape)
+    cache = kv_bytes(shape) * value_bytes / 2
     room = ENGINE_MEMORY * memory - weights
     slots = int(min(max_sequences, room / (cache * (prompt + mean / 2)))) if cache else max_sequences
     bandwidth = gpus_per_engine * gpu.hbm * DECODING_BANDWIDTH
@@ -86,7 +88,8 @@ def decode(
             heapq.heappush(running, clock + waiting.pop())
         busy = len(running)
         end = heapq.heappop(running)
-        step = (_active(shape, busy) + busy * context * cache) / bandwidth + DECODING_STEP_S
+        read = value_bytes / 2 * _active(shape, busy) + busy * context * cache
+        step = read / bandwidth + DECODING_STEP_S
         seconds += (end - clock) * step
         tail += (end - clock) * step * (busy < slots / 2)
         clock = end
@@ -106,19 +109,27 @@ def _active(shape: ModelShape, sequences: int) -> float:
 
 
 def score_seconds(
-    model: StepModel, shape: ModelShape, gpu: Gpu, *, tokens: float, length: float, response: float, tp: int
+    model: StepModel,
+    shape: ModelShape,
+    gpu: Gpu,
+    *,
+    tokens: float,
+    length: float,
+    response: float,
+    tp: int,
+    precision: str = "bf16",
 ) -> float:
     """GPU-seconds of one forward pass over `tokens` tokens; response rows alone pass the head."""
     batch = 8192.0
     step = Step(
         shape=shape,
         gpu=gpu,
-        layout=Layout(tp, tp=tp),
-        precision="bf16",
+        layout=Layout(tp, tp=tp, etp=tp),
+        precision=precision,
         row_tokens=batch,
         length=length,
         microbatches=1.0,
-        software=Software(graphs="none", dispatcher="alltoall", overlap_tensor=False),
+        software=Software(graphs="full", fused_experts=True, overlap_tensor=False),
         head_share=response / length,
     )
     return model.forward_seconds(step) * tp * tokens / batch

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 from lopd_megatron.performance.communication import layer_communication, pipeline_hop, ring_seconds
 from lopd_megatron.performance.constants import Constants
@@ -183,7 +182,9 @@ class StepModel:
     ) -> list[tuple[Seconds, float]]:
         """Forward passes that the backward repeats."""
         repeated = held[: step.software.recompute_layers * step.layout.vp]
-        return [(Seconds({}, {"recompute": sum(cache[layer][0].forward.values())}), 1.0) for layer in repeated]
+        return [
+            (Seconds({}, {"recompute": sum(cache[layer][0].forward.values())}), 1.0) for layer in repeated
+        ]
 
     def _layer(self, layer: Layer, step: Step, work: Work, device: Device) -> tuple[Seconds, float]:
         software = step.software
@@ -241,7 +242,7 @@ class StepModel:
     def _rank_parameters(self, step: Step) -> tuple[float, float]:
         """(parameters outside experts, of experts) that one rank of a stage holds, on average."""
         shape, layout = step.shape, step.layout
-        dense = shape.vocab * shape.hidden * (1 if shape.tied else 2)
+        dense = float(shape.vocab * shape.hidden * (1 if shape.tied else 2))
         expert = 0.0
         for layer, count in shape.kinds.items():
             own, mixture = shape.layer_parameters(layer)

@@ -29,6 +29,7 @@ _TRAINING = (
     ("lr", "learning rate"),
     ("tokens_per_second_per_gpu", "per process on a CPU"),
     ("iteration_time_ms", "milliseconds per optimizer step"),
+    ("predicted_iteration_time_ms", "what the model of step time expects on this GPU"),
     ("mfu", "FLOPs of the model over the peak of the accelerator"),
     ("peak_memory_gib", "largest over the ranks"),
 )

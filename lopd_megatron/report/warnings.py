@@ -20,6 +20,8 @@ LOWEST_STOP_LOGPROB = -4.0
 MAX_SPECIAL = 0.20
 """Share of Σ ½ (log π_rollout − log π_T)² on special tokens, which are few."""
 MAX_FEWER_STOPS = 0.10
+MAX_SLOWER = 1.5
+"""Measured over predicted time of a step, after the first ones."""
 
 
 def findings(run: RunFolder) -> list[str]:
@@ -120,11 +122,30 @@ def _training(run: RunFolder) -> Iterator[str]:
     told = any(warning["key"] == "stale" for warning in run.warnings)
     if not run.is_sft and not told:  # answers of a teacher are never those of the student
         yield from _staleness(run.metrics, config)
+    yield from _speed(run.metrics)
     clipped = _mean(_recent(run.metrics, config), "clip_fraction")
     if clipped is not None and clipped > MAX_CLIPPED:
         yield (
             f"clip_fraction is {clipped:.0%} (limit {MAX_CLIPPED:.0%}); "
             f"loss.advantage_clip={config.loss.advantage_clip} may be too small"
+        )
+
+
+def _speed(metrics: list[dict[str, Any]]) -> Iterator[str]:
+    """Steps that take much longer than the model of step time expects; the first ones compile and warm up."""
+    pairs = [
+        (line["iteration_time_ms"], line["predicted_iteration_time_ms"])
+        for line in metrics[2:]
+        if line.get("predicted_iteration_time_ms")
+    ]
+    if not pairs:
+        return
+    ratios = sorted(measured / predicted for measured, predicted in pairs)
+    ratio = ratios[len(ratios) // 2]
+    if ratio > MAX_SLOWER:
+        yield (
+            f"a step takes {ratio:.1f} times the predicted {pairs[-1][1] / 1e3:.1f} s (limit {MAX_SLOWER}); "
+            "`lopd plan` shows where the time should go, train.profile_iters where it goes"
         )
 
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from lopd_megatron.config import RunConfig
 from lopd_megatron.loss import finalize_metrics
+from lopd_megatron.performance.prediction import Batch, predicted_step_ms
 from lopd_megatron.progress import say
 from lopd_megatron.train.metrics import Writer, open_writers
 from lopd_megatron.train.peak_flops import device_peak_flops
@@ -26,6 +27,7 @@ _LINE = (
     ("grad_norm", "grad_norm {:.3f}"),
     ("lr", "lr {:.2e}"),
     ("iteration_time_ms", "{:.0f} ms"),
+    ("predicted_iteration_time_ms", "predicted {:.0f} ms"),
     ("tokens_per_second_per_gpu", "{:.0f} tokens/s/GPU"),
     ("mfu", "MFU {:.1%}"),
     ("peak_memory_gib", "{:.1f} GiB"),
@@ -91,7 +93,25 @@ class LogHook(Hook):
         if self.peak_flops:
             flops = sum(result.flops for result in self.results)
             metrics["mfu"] = flops / seconds / world_size / self.peak_flops
+        predicted = predicted_ms(trainer, tokens / len(self.results))
+        if predicted:
+            metrics["predicted_iteration_time_ms"] = predicted
         return metrics
+
+
+def predicted_ms(trainer: Trainer, tokens: float) -> float | None:
+    """Milliseconds that a step of so many tokens should take here; None on a device without a prediction."""
+    if not torch.cuda.is_available():
+        return None
+    batch = Batch(tokens, tokens / trainer.config.train.global_batch_size)
+    return predicted_step_ms(
+        trainer.spec.hf_config,
+        trainer.config,
+        torch.cuda.get_device_name(),
+        trainer.topology.world_size,
+        batch,
+        transformer_engine=trainer.spec.attention == "transformer_engine",
+    )
 
 
 def peak_memory_bytes() -> float:

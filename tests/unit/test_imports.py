@@ -13,6 +13,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fingerprints", "lineage", "refresh", "settings_reference", "layout_check"),
     ("loss", "parallel"),
     ("data", "model"),
+    ("performance",),
     ("inference", "train", "analysis", "launch"),
     ("rollouts", "effopd"),
     ("online", "evaluation", "report"),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_projection
+import step_time_page
 
 from lopd_megatron.errors import UserError, run_program
 from lopd_megatron.files import atomic_path
@@ -63,7 +64,8 @@ def main() -> None:
     text = with_tables(PAGE.read_text())
     with atomic_path(PAGE) as path:
         path.write_text(text)
-    print(PAGE.relative_to(ROOT))
+    step_time_page.draw()
+    print(PAGE.relative_to(ROOT), step_time_page.PLOT.relative_to(ROOT))
 
 
 def measured_table() -> list[str]:
@@ -107,6 +109,12 @@ TABLES = {
     "measured": measured_table,
     "projection": bench_projection.table,
     "topk": bench_projection.topk_table,
+    "step time": step_time_page.error_table,
+    "anchors": step_time_page.anchor_table,
+    "road": bench_projection.road_table,
+    "ours": bench_projection.ours_table,
+    "constants": step_time_page.constant_table,
+    "hardware": step_time_page.hardware_table,
 }
 """Marker on the page → what stands there."""
 

@@ -1,95 +1,174 @@
-"""GPU-hours of the paper's runs from FLOPs, bytes and assumed utilisation: arithmetic, nothing is measured.
+"""GPU-hours of the paper's runs from the model of time: predicted, not measured.
 
-    training  3 · forward FLOPs / (peak · MFU); prompts do not pass the head
-    scoring   forward FLOPs / (peak · MFU), every rollout once
-    rollouts  generated tokens · bytes of a decoding step / sequences of it / (bandwidth · share)
-    top-k     bytes of its columns; no FLOPs: the teacher's logits are read once more, training has its three
-              products of the head
-
-A decoding step reads all weights once (of a mixture every expert: batches are large) and the KV cache of as
-many half-finished sequences as the memory holds.
+rollouts  decoding on every GPU, vLLM's memory for the cache (performance/stages.py)
+scoring   one forward pass, response rows alone through the head
+training  the fastest layout that fits, with this trainer's software and with that of published runs
+top-k     bytes of its columns; no products: the teacher's logits are read once more
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from lopd_megatron.config import RunConfig
-from lopd_megatron.recipes.models import QWEN3_4B, QWEN3_8B, QWEN3_30B_A3B, QWEN3_32B
+from lopd_megatron.performance.hardware import GPUS
+from lopd_megatron.performance.known_models import known_config
+from lopd_megatron.performance.ours import DIFFERENCES, price_list
+from lopd_megatron.performance.prediction import Batch, fitted_model, training_step
+from lopd_megatron.performance.search import Plan, search_layouts
+from lopd_megatron.performance.shapes import shape_from_hf
+from lopd_megatron.performance.software import Software
+from lopd_megatron.performance.stages import decode, response_lengths, score_seconds
+from lopd_megatron.performance.step_time import Step
 from lopd_megatron.records import COLUMNS
 
-PEAK_FLOPS, BANDWIDTH, MEMORY = 989e12, 3.35e12, 80e9
-"""An H100 SXM: dense bfloat16, bytes a second, bytes."""
-TRAINING_MFU = {"dense": 0.50, "mixture": 0.28}
-"""Published for 8B: 53-57 %; for 30B-A3B on eight GPUs 28 %, with routing forced to balance."""
-SCORING_MFU = {"dense": 0.55, "mixture": 0.30}
-DECODING_BANDWIDTH, CACHE_MEMORY = 0.60, 0.88
+GPU = GPUS["H100"]
 STEPS, BATCH, ROLLOUTS = 150, 256, 17_398
 PROMPT, RESPONSE = 150, 4096
 """Tokens. Every response at the limit, so an upper bound; the prompt's length is assumed."""
-
-QWEN3_235B_A22B = QWEN3_30B_A3B | {
-    "hidden_size": 4096,
-    "intermediate_size": 12_288,
-    "num_hidden_layers": 94,
-    "num_attention_heads": 64,
-    "moe_intermediate_size": 1536,
-}
+STEP = Batch(BATCH * (PROMPT + RESPONSE), PROMPT + RESPONSE, RESPONSE / (PROMPT + RESPONSE))
 
 
 @dataclass(frozen=True)
 class Pair:
-    student: dict[str, Any]
-    teacher: dict[str, Any]
+    student: str
+    teacher: str
+    gpus: int
+    """Of the training."""
     engine_gpus: int
     """Of one engine that generates rollouts."""
+    teacher_gpus: int
+    """Of one engine that scores."""
     paper: tuple[int, int, int] | None
     """GPU-hours of rollouts, scoring and training (arXiv 2604.13010, cost figure)."""
 
 
 PAIRS = {
-    "4B ← 8B": Pair(QWEN3_4B, QWEN3_8B, 1, (10, 2, 8)),
-    "8B ← 32B": Pair(QWEN3_8B, QWEN3_32B, 1, (10, 4, 16)),
-    "30B-A3B ← 30B-A3B": Pair(QWEN3_30B_A3B, QWEN3_30B_A3B, 2, None),
-    "32B ← 235B-A22B": Pair(QWEN3_32B, QWEN3_235B_A22B, 2, None),
+    "4B ← 8B": Pair("Qwen3-4B", "Qwen3-8B", 8, 1, 1, (10, 2, 8)),
+    "8B ← 32B": Pair("Qwen3-8B", "Qwen3-32B", 8, 1, 2, (10, 4, 16)),
+    "30B-A3B ← 30B-A3B": Pair("Qwen3-30B-A3B", "Qwen3-30B-A3B", 16, 2, 2, None),
+    "32B ← 235B-A22B": Pair("Qwen3-32B", "Qwen3-235B-A22B", 32, 2, 8, None),
 }
 
 
-def stage_hours(pair: Pair) -> tuple[float, float, float]:
-    """GPU-hours of rollouts, scoring and training."""
-    rollouts = ROLLOUTS * RESPONSE / decoding_rate(pair.student, pair.engine_gpus) / 3600
-    scoring = ROLLOUTS * forward(pair.teacher) / (PEAK_FLOPS * SCORING_MFU[kind(pair.teacher)]) / 3600
-    return rollouts, scoring, training_hours(pair, TRAINING_MFU[kind(pair.student)])
+@dataclass(frozen=True)
+class Hours:
+    """GPU-hours of the stages of a pair."""
+
+    rollouts: float
+    scoring: float
+    training: float
+    tuned: float
+    """Training with the software of the published runs."""
+    layout: str
 
 
-def training_hours(pair: Pair, mfu: float) -> float:
-    return STEPS * BATCH * 3 * forward(pair.student) / (PEAK_FLOPS * mfu) / 3600
+@lru_cache
+def stage_hours(name: str) -> Hours:
+    """Predicted GPU-hours on H100s; the pair's name is a key of PAIRS."""
+    pair = PAIRS[name]
+    plan = best_plan(pair)
+    tuned = replace(training(pair, plan), software=published(plan))
+    return Hours(
+        rollouts=rollout_hours(pair),
+        scoring=score_hours(pair),
+        training=STEPS * plan.seconds * pair.gpus / 3600,
+        tuned=STEPS * fitted_model().predict(tuned).seconds * pair.gpus / 3600,
+        layout=f"{pair.gpus} GPUs, {plan.label}",
+    )
 
 
-def kind(hf: dict[str, Any]) -> str:
-    return "mixture" if "num_experts" in hf else "dense"
+def rollout_hours(pair: Pair, value_bytes: float = 2.0) -> float:
+    """GPU-hours of decoding on eight GPUs; one byte a value: FP8 weights and cache."""
+    made = decode(
+        shape_from_hf(_hf(pair.student)),
+        GPU,
+        lengths=response_lengths(ROLLOUTS, RESPONSE, None),
+        prompt=PROMPT,
+        engines=8 // pair.engine_gpus,
+        gpus_per_engine=pair.engine_gpus,
+        max_sequences=256,
+        value_bytes=value_bytes,
+    )
+    return made.seconds * 8 / 3600
 
 
-def forward(hf: dict[str, Any]) -> float:
-    """FLOPs of one forward pass over one rollout, whose response rows alone pass the head."""
-    from lopd_megatron.model.flops import forward_flops
+def score_hours(pair: Pair, precision: str = "bf16") -> float:
+    """GPU-hours of one forward pass of the teacher over all rollouts."""
+    seconds = score_seconds(
+        fitted_model(),
+        shape_from_hf(_hf(pair.teacher)),
+        GPU,
+        tokens=ROLLOUTS * (PROMPT + RESPONSE),
+        length=PROMPT + RESPONSE,
+        response=RESPONSE,
+        tp=pair.teacher_gpus,
+        precision=precision,
+    )
+    return seconds / 3600
 
-    return forward_flops(_spec(hf), [PROMPT + RESPONSE], head_tokens=RESPONSE)
+
+def road_table() -> list[str]:
+    """Markdown: what would bring the 8B pipeline below eight H100-hours, one after the other."""
+    pair, today = PAIRS["8B ← 32B"], stage_hours("8B ← 32B")
+    rollouts, scoring, train = today.rollouts, today.scoring, today.training
+    lines = ["| 8B ← 32B, H100-hours | rollouts | scoring | training | sum |", "|---|---:|---:|---:|---:|"]
+    for name, change in (
+        ("this project", {}),
+        ("training with the software of the published runs", {"train": today.tuned}),
+        ("rollouts with FP8 weights and cache", {"rollouts": rollout_hours(pair, 1.0)}),
+        ("teacher in FP8", {"scoring": score_hours(pair, "fp8_cs")}),
+        ("training products in FP8", {"train": fp8_hours(pair)}),
+    ):
+        rollouts = change.get("rollouts", rollouts)
+        scoring = change.get("scoring", scoring)
+        train = change.get("train", train)
+        total = rollouts + scoring + train
+        lines.append(f"| {name} | {rollouts:.1f} | {scoring:.1f} | {train:.1f} | {total:.1f} |")
+    return lines
 
 
-def decoding_rate(hf: dict[str, Any], gpus: int) -> float:
-    """Generated tokens a second and GPU."""
-    from lopd_megatron.model.memory_estimate import rank_parameters
+def fp8_hours(pair: Pair) -> float:
+    """GPU-hours of training with the published software and FP8 products."""
+    plan = best_plan(pair)
+    step = replace(training(pair, plan), software=published(plan), precision="fp8_cs")
+    return STEPS * fitted_model().predict(step).seconds * pair.gpus / 3600
 
-    weights = 2 * rank_parameters(_spec(hf), 0).total
-    cache_per_token = 2 * 2 * hf["num_hidden_layers"] * hf["num_key_value_heads"] * hf["head_dim"]
-    context = PROMPT + RESPONSE / 2
-    sequences = (CACHE_MEMORY * MEMORY * gpus - weights) / (context * cache_per_token)
-    step_bytes = weights + sequences * context * cache_per_token
-    return sequences / (step_bytes / (gpus * BANDWIDTH * DECODING_BANDWIDTH)) / gpus
+
+@lru_cache
+def best_plan(pair: Pair) -> Plan:
+    """The fastest layout of the training that fits."""
+    config = RunConfig()
+    config.loss.head_chunk_tokens = 2048
+    plans, _ = search_layouts(_hf(pair.student), config, GPU, pair.gpus, STEP)
+    return plans[0]
+
+
+def training(pair: Pair, plan: Plan) -> Step:
+    return training_step(shape_from_hf(_hf(pair.student)), plan.config, GPU, pair.gpus, STEP)
+
+
+def published(plan: Plan) -> Software:
+    """The settings of the published runs in this layout."""
+    software = training_step(shape_from_hf(_hf("Qwen3-8B")), RunConfig(), GPU, 8, STEP).software
+    for _, settings in DIFFERENCES:
+        software = replace(software, **settings)
+    selective = plan.config.train.recompute_granularity == "selective"
+    return replace(
+        software,
+        recompute_layers=1_000_000 if plan.config.train.recompute_granularity == "full" else 0,
+        recompute_modules=frozenset(plan.config.train.recompute_modules if selective else ()),
+    )
+
+
+def _hf(name: str) -> dict[str, Any]:
+    found = known_config(name)
+    assert found is not None, name
+    return found
 
 
 def bytes_per_token(k: int) -> int:
@@ -97,47 +176,59 @@ def bytes_per_token(k: int) -> int:
     return sum(np.dtype(c.dtype).itemsize * (k if c.per_topk else 1) for c in COLUMNS.values())
 
 
-def selection_hours(pair: Pair) -> float:
+def selection_hours(name: str) -> float:
     """GPU-hours of finding the k largest of the teacher's float32 logits: one read of them."""
-    return ROLLOUTS * RESPONSE * 4 * pair.teacher["vocab_size"] / BANDWIDTH / 3600
-
-
-def _spec(hf: dict[str, Any]) -> Any:
-    from lopd_megatron.model.student_spec import student_spec
-
-    return student_spec(hf, RunConfig(), attention="varlen")
+    return ROLLOUTS * RESPONSE * 4 * _hf(PAIRS[name].teacher)["vocab_size"] / GPU.hbm / 3600
 
 
 def table() -> list[str]:
     """Markdown."""
     lines = [
-        "| student ← teacher | rollouts | scoring | training | sum | training at 40 % MFU | paper |",
-        "|---|---:|---:|---:|---:|---:|---|",
+        "| student ← teacher | rollouts | scoring | training | sum | training, published software "
+        "| layout | paper |",
+        "|---|---:|---:|---:|---:|---:|---|---|",
     ]
     for name, pair in PAIRS.items():
-        hours = stage_hours(pair)
-        cells = [*hours, sum(hours), training_hours(pair, 0.40)]
-        shown = [f"{value:.1f}" for value in cells]
-        if kind(pair.student) == "mixture":
-            shown[-1] = "–"
-        paper = "not published"
-        if pair.paper:
-            paper = f"{' + '.join(map(str, pair.paper))} = {sum(pair.paper)}"
-        lines.append(f"| {' | '.join([name, *shown, paper])} |")
+        hours = stage_hours(name)
+        cells = [hours.rollouts, hours.scoring, hours.training]
+        shown = [f"{value:.1f}" for value in (*cells, sum(cells), hours.tuned)]
+        paper = f"{' + '.join(map(str, pair.paper))} = {sum(pair.paper)}" if pair.paper else "not published"
+        lines.append(f"| {' | '.join([name, *shown, hours.layout, paper])} |")
     return lines
 
 
 def topk_table() -> list[str]:
-    """Markdown: what k cached teacher tokens cost beside the sampled one, for the 8B student."""
-    pair = PAIRS["8B ← 32B"]
-    hours, paper = sum(stage_hours(pair)), sum(pair.paper or ())
+    """Markdown: what k cached teacher tokens cost, for the 8B student."""
+    name = "8B ← 32B"
+    found = stage_hours(name)
+    hours, paper = found.rollouts + found.scoring + found.training, sum(PAIRS[name].paper or ())
     lines = [
         "| cached teacher tokens | bytes a token | 17,398 rollouts, GB | GPU-hours, 8B ← 32B | paper |",
         "|---|---:|---:|---:|---:|",
     ]
     for k in (0, 1, 2, 4, 8, 16, 32):
         size = ROLLOUTS * (PROMPT + RESPONSE) * bytes_per_token(k) / 1e9
-        spent = hours + (selection_hours(pair) if k else 0.0)
-        name = f"{k}: `lightning_opd_topk`" if k == 16 else ("0: `lightning_opd`" if k == 0 else str(k))
-        lines.append(f"| {name} | {bytes_per_token(k)} | {size:.1f} | {spent:.2f} | {'' if k else paper} |")
+        spent = hours + (selection_hours(name) if k else 0.0)
+        label = f"{k}: `lightning_opd_topk`" if k == 16 else ("0: `lightning_opd`" if k == 0 else str(k))
+        lines.append(f"| {label} | {bytes_per_token(k)} | {size:.1f} | {spent:.2f} | {'' if k else paper} |")
+    return lines
+
+
+def ours_table() -> list[str]:
+    """Markdown: what published software has and this trainer lacks, in milliseconds of a step."""
+    columns = []
+    for name in ("8B ← 32B", "30B-A3B ← 30B-A3B"):
+        plan = best_plan(PAIRS[name])
+        step = replace(training(PAIRS[name], plan))
+        columns.append({item: (before, after) for item, before, after in price_list(step)})
+    heads = "8B dense, 8 × H100 | 30B-A3B, 16 × H100"
+    lines = [f"| with, one after the other | {heads} |", "|---|---:|---:|"]
+    starts = [f"{next(iter(column.values()))[0]:.2f} s" for column in columns]
+    lines.append(f"| this trainer, a step of 256 × 4,246 tokens | {' | '.join(starts)} |")
+    for item, _ in DIFFERENCES:
+        cells = []
+        for column in columns:
+            before, after = column.get(item, (0.0, 0.0))
+            cells.append(f"{after:.2f} s (−{before - after:.2f})" if before - after >= 0.005 else "–")
+        lines.append(f"| {item} | {' | '.join(cells)} |")
     return lines
