@@ -72,7 +72,8 @@ def parse_row(fields: dict[str, str]) -> Row:
         gpus, batch, micro, length = (
             int(fields[name]) for name in ("gpus", "global_batch_size", "micro_batch_size", "seq_length")
         )
-        layout = Layout(gpus, **{name: max(1, int(fields[name] or 1)) for name in _LAYOUT[:-1]})
+        tp, pp, cp, vp, ep = (max(1, int(fields[name] or 1)) for name in _LAYOUT[:-1])
+        layout = Layout(gpus, tp, pp, cp, vp, ep)
         published = float(fields["tokens_per_second_per_gpu"])
         fsdp = int(fields.get("fsdp") or 0) > 0
         system, precision_name = fields["system"], fields["precision"].strip()
