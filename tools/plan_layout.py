@@ -1,7 +1,6 @@
-"""The door to `lopd plan`: python tools/plan_layout.py --model Qwen3-8B --gpus 8 --gpu H100."""
+"""The same as `lopd plan`."""
 
-from lopd_megatron.errors import run_program
-from lopd_megatron.performance.plan import main
+from lopd_megatron.__main__ import run_verb
 
 if __name__ == "__main__":
-    run_program(main)
+    run_verb("plan")

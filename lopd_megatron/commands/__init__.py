@@ -11,7 +11,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         ),
         "settings": ("lopd_megatron.commands.settings:main", "list settings: type, default, meaning"),
         "doctor": ("lopd_megatron.commands.doctor:main", "check this machine"),
-        "plan": ("lopd_megatron.commands.plan:main", "predict memory and time of layouts"),
+        "plan": ("lopd_megatron.performance.plan:main", "predict time, memory and price of a run"),
     },
     "run": {
         "demo": ("lopd_megatron.commands.demo:main", "the whole pipeline on a tiny task, on a CPU"),

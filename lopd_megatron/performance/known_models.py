@@ -9,7 +9,9 @@ from lopd_megatron.performance.published_models import PUBLISHED_MODELS
 from lopd_megatron.performance.shapes import Attention, Experts, Mlp
 
 TIED = {"qwen3-4b"}
-NAMES = sorted(name for name in PUBLISHED_MODELS if name.startswith(("qwen3-", "llama3")))
+NAMES = sorted(
+    name for name in PUBLISHED_MODELS if name.startswith(("qwen3-", "llama3")) and "next" not in name
+)
 
 
 def known_config(name: str) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,7 @@ SHOWN = 3
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
+    warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
     gpu = _gpu(args)
     config = _config(args)
     hf = _architecture(config.model.student)
@@ -221,7 +223,7 @@ def _stage_rows(
     steps = config.train.train_iters
     limit = max(plan.time.parts, key=lambda name: plan.time.parts[name])
     rows.append(
-        StageRow("train", steps * plan.seconds, args.gpus, f"{plan.seconds:.2f} s a step, most in: {limit}")
+        StageRow("train", steps * plan.seconds, args.gpus, f"{plan.seconds:.2f} s a step, limited by {limit}")
     )
     kept = config.checkpoint.keep_last
     if config.checkpoint.keep_every:
@@ -285,7 +287,10 @@ def _score_row(
         tp=size,
     )
     gpus = args.gpus // size * size
-    return StageRow("scores", seconds / gpus, gpus, f"{tokens / seconds:.0f} tokens/s/GPU")
+    note = f"{tokens / seconds:.0f} tokens/s/GPU"
+    if not config.model.teacher:
+        note += "; no teacher is set, so one like the student"
+    return StageRow("scores", seconds / gpus, gpus, note)
 
 
 def _least_gpus(shape: ModelShape, gpu: Gpu) -> int:

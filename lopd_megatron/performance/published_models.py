@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from lopd_megatron.performance.shapes import Attention, Block, Experts, Mamba, Mlp, ModelShape, hybrid, repeat
+from lopd_megatron.performance.shapes import (
+    Attention,
+    Block,
+    Experts,
+    Layer,
+    Mamba,
+    Mlp,
+    ModelShape,
+    hybrid,
+    repeat,
+)
 
 _LATENT = Attention(128, 128, 192, 128, q_rank=1536, kv_rank=512, rope_dim=64)
 _LATENT_64 = Attention(64, 64, 192, 128, q_rank=1536, kv_rank=512, rope_dim=64)
@@ -48,9 +58,14 @@ _H56: dict[str, Block] = {
     "-": Mlp(32768, gated=False),
     "*": Attention(64, 8, 128, 128),
 }
-_H56_PATTERN = "M-M-M-M*" + 10 * "-M-M-M-M-M*" + "-M-M-M-M-M-"
+_H56_PATTERN = "M-M-M-M*" + 9 * "-M-M-M-M-M*" + "-M-M-M-M-M-"
 _V4 = Attention(64, 1, 512, 512, window=640, q_rank=1024, out_rank=8192, out_groups=8, gathered=512)
 _V4_EXPERTS = Experts(256, 6, 2048, shared=2048)
+
+_V4_PRO = Attention(128, 1, 512, 512, window=1152, q_rank=1536, out_rank=16384, out_groups=16, gathered=1024)
+_V4_PRO_EXPERTS = Experts(384, 6, 3072, shared=3072)
+_NEXT_EXPERTS = Experts(512, 10, 512, shared=512)
+_DELTA: Layer = (Mamba(32, 128, 128, 16), _NEXT_EXPERTS)  # gated delta rule: its scan is taken for Mamba's
 
 PUBLISHED_MODELS: dict[str, ModelShape] = {
     "llama3-8b": _llama(4096, 32, 32, 14336),
@@ -77,6 +92,16 @@ PUBLISHED_MODELS: dict[str, ModelShape] = {
         repeat(((_V4, _V4_EXPERTS), 43)),
         streams=4,
         extra=((_V4, _V4_EXPERTS),),
+    ),
+    "deepseek-v4-pro": ModelShape(
+        7168,
+        129280,
+        repeat(((_V4_PRO, _V4_PRO_EXPERTS), 61)),
+        streams=4,
+        extra=((_V4_PRO, _V4_PRO_EXPERTS),),
+    ),
+    "qwen3-next-80b-a3b": ModelShape(
+        2048, 151936, ((_DELTA,) * 3 + ((Attention(16, 2, 256, 256), _NEXT_EXPERTS),)) * 12
     ),
     "kimi-k2": ModelShape(
         7168,

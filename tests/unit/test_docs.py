@@ -232,8 +232,8 @@ def test_a_planted_wrong_command_is_found(command: str) -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        "python tools/plan_layout.py --model Qwen3-8B",
-        "python tools/plan_layout.py --model Qwen3-8B --gpus many --gpu-memory 80",
+        "lopd plan --model Qwen3-8B",
+        "lopd plan --model Qwen3-8B --gpus many",
         "lopd evaluate recipes/tiny.py:sft train.train_iters=-1",
     ],
 )

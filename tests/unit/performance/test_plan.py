@@ -107,6 +107,7 @@ def test_predicted_step_of_a_device() -> None:
     assert known is not None
     assert 5_000 < known < 60_000
     assert predicted_step_ms(hf("Qwen3-8B"), RunConfig(), "Tesla T4", 8, BATCH) is None
+    assert predicted_step_ms(hf("Qwen3-8B"), RunConfig(), "NVIDIA H100 PCIe", 8, BATCH) is None
     assert predicted_step_ms({}, RunConfig(), "NVIDIA H100 80GB HBM3", 8, BATCH) is None
 
 
