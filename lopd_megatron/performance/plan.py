@@ -36,6 +36,8 @@ from lopd_megatron.performance.stages import (
 GIB = 1024**3
 BAR = 40
 SHOWN = 3
+PAPER_PROMPTS = 17_398
+"""DAPO-Math-17k of the paper, the prompts of stage 2."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "step, "
         f"{config.train.train_iters} steps on {args.gpus} × {gpu.name} ({gpu.memory / 1e9:.0f} GB)"
     )
+    if not (args.mean_tokens or args.response_median):
+        cap = config.rollouts.max_response_tokens
+        print(
+            f"every response at its limit of {cap} tokens, an upper bound; --response-median says otherwise"
+        )
     plans = _training_plans(hf, config, gpu, args, batch)
     if not plans:
         return 1
@@ -83,7 +90,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments.add_argument(
         "--response-median", type=_positive, help="median response of a lognormal; default: the cap"
     )
-    arguments.add_argument("--prompts", type=_positive, default=17_398, help="number of prompts")
+    arguments.add_argument(
+        "--prompts",
+        type=_positive,
+        help="number of prompts; default: prompts.max_prompts, or the paper's 17,398",
+    )
     arguments.add_argument(
         "--imbalance", type=float, default=1.0, help="tokens of the busiest expert rank over the mean"
     )
@@ -209,18 +220,29 @@ def _stage_rows(
     teacher = student
     if config.model.teacher and (rollouts.generator == "teacher" or not is_sft):
         teacher = shape_from_hf(_architecture(config.model.teacher))
-    count = args.prompts * rollouts.num_samples_per_prompt
+    prompts = args.prompts or config.prompts.max_prompts or PAPER_PROMPTS
+    count = prompts * rollouts.num_samples_per_prompt
     lengths = response_lengths(count, rollouts.max_response_tokens, args.response_median)
     rows: list[StageRow] = []
     tokens = sum(lengths) + count * args.prompt_tokens
     online = config.online.enabled
-    if not config.data.prefixes and not online:
+    steps = config.train.train_iters
+    if online:  # a step samples and scores its own batch before it trains; the GPUs take turns
+        batch = config.train.global_batch_size
+        own = lengths[:: max(1, len(lengths) // batch)][:batch]
+        shown = sum(own) + batch * args.prompt_tokens
+        for row in (
+            _rollout_row(config, gpu, args, own, student),
+            _score_row(config, gpu, args, teacher, shown, sum(own) / len(own)),
+        ):
+            note = f"{row.seconds:.1f} s in each step; {row.note}"
+            rows.append(StageRow(row.name, steps * row.seconds, row.gpus, note))
+    elif not config.data.prefixes:
         rows.append(
             _rollout_row(config, gpu, args, lengths, teacher if rollouts.generator == "teacher" else student)
         )
         if not is_sft:
             rows.append(_score_row(config, gpu, args, teacher, tokens, sum(lengths) / count))
-    steps = config.train.train_iters
     limit = max(plan.time.parts, key=lambda name: plan.time.parts[name])
     rows.append(
         StageRow("train", steps * plan.seconds, args.gpus, f"{plan.seconds:.2f} s a step, limited by {limit}")
