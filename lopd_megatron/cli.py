@@ -184,8 +184,8 @@ def apply_override(config: RunConfig, key: str, text: str) -> None:
     old = getattr(section, leaf)
     if isinstance(old, list) and isinstance(value, str):
         value = [text]
-    if isinstance(value, int | float) and not isinstance(value, bool) and isinstance(old, str):
-        value = text
+    if isinstance(old, str) and (value is None or isinstance(value, int | float | bool)):
+        value = text  # an empty text or a name of digits; YAML has its own opinion
     try:
         setattr(section, leaf, value)
     except ValidationError as error:

@@ -21,7 +21,7 @@ from lopd_megatron.analysis.output import write_report
 from lopd_megatron.analysis.summary import summarize
 from lopd_megatron.analysis.updates import Settings, analyze, check_same_tensors
 from lopd_megatron.errors import UserError
-from lopd_megatron.model.hf_folder import HfFolder
+from lopd_megatron.hf_folder import HfFolder
 from lopd_megatron.progress import say
 
 ROUNDING_LIMIT = 0.1

@@ -31,7 +31,8 @@ from lopd_megatron.cli import load_recipe
 from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import UserError
 from lopd_megatron.files import write_json
-from lopd_megatron.model.student_spec import StudentSpec, read_hf_config, student_spec
+from lopd_megatron.hf_folder import HfFolder
+from lopd_megatron.model.student_spec import StudentSpec, student_spec
 from lopd_megatron.parallel import topology as grid
 from lopd_megatron.progress import say
 
@@ -104,7 +105,7 @@ def import_hf(args: argparse.Namespace) -> int:
     from lopd_megatron.model.checkpoint_writer import write_checkpoint
     from lopd_megatron.model.weights import HfTensors
 
-    spec, _ = one_process(args.hf, args.precision or stored_precision(args.hf))
+    spec, _ = one_process(args.hf, chosen_precision(args))
     write_checkpoint(HfTensors(args.hf, spec), spec, args.checkpoint)
     say(f"imported {args.hf} to {args.checkpoint}")
     return 0
@@ -154,7 +155,7 @@ def roundtrip(args: argparse.Namespace) -> int:
 
     if args.work.exists():
         raise UserError(f"work folder {args.work} exists; remove it or choose another")
-    spec, _ = one_process(args.hf, args.precision or stored_precision(args.hf))
+    spec, _ = one_process(args.hf, chosen_precision(args))
     args.work.mkdir(parents=True)
     try:
         write_checkpoint(HfTensors(args.hf, spec), spec, args.work / "checkpoint")
@@ -204,5 +205,13 @@ def one_process(hf: Path, precision: str) -> tuple[StudentSpec, grid.Topology]:
 
 
 def stored_precision(hf: Path) -> str:
-    config = read_hf_config(hf)
-    return "fp32" if config.get("dtype", config.get("torch_dtype")) == "float32" else "bf16"
+    """The precision that loses nothing of the files, whatever config.json says of them."""
+    return "bf16" if HfFolder(hf).kinds() == {"BF16"} else "fp32"
+
+
+def chosen_precision(args: argparse.Namespace) -> str:
+    """The precision that was asked for, else that of the files; a loss is reported."""
+    stored = stored_precision(args.hf)
+    if args.precision == "bf16" and stored == "fp32":
+        say(f"{args.hf} stores more than bfloat16 keeps: --precision bf16 rounds the weights")
+    return args.precision or stored

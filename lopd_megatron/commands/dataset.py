@@ -37,7 +37,7 @@ def main() -> int:
     )
     config, options = parse(arguments)
     paths, data = config.paths, config.data
-    source = paths.rollouts if config.loss.objective == "sft" else paths.scores
+    source = paths.scores if config.needs_teacher else paths.rollouts
     if options.dry_run:
         held_out_files = f"{valid_prefix(paths.dataset_prefix)}.*"
         return dry_run(
@@ -90,7 +90,7 @@ def checked(config: RunConfig, lineage: Lineage, origin: Path) -> str:
         teacher=config.model.teacher or None,
         data=lineage,
         data_origin=origin,
-        objective=config.loss.objective,
+        needs_teacher=config.needs_teacher,
         allow_mismatch=config.lineage.allow_mismatch,
     )
 

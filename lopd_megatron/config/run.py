@@ -15,6 +15,7 @@ from lopd_megatron.config.data import (
     ScoresConfig,
 )
 from lopd_megatron.config.launch import LaunchConfig
+from lopd_megatron.config.objectives import objective_spec
 from lopd_megatron.config.section import Section
 from lopd_megatron.config.training import (
     CheckpointConfig,
@@ -64,12 +65,17 @@ class RunConfig(Section):
         return Paths(Path(self.run_dir))
 
     @property
+    def needs_teacher(self) -> bool:
+        """Whether the objective compares with a teacher; without one the run is SFT on its rollouts."""
+        return objective_spec(self.loss.objective).needs_teacher
+
+    @property
     def dataset_prefixes(self) -> list[str]:
         return self.data.prefixes or [str(self.paths.dataset_prefix)]
 
     def check(self) -> None:
         """Facts that span sections. Called once by every program, after the overrides."""
-        if self.loss.objective.startswith("topk_") and self.loss.topk < 1:
+        if objective_spec(self.loss.objective).classes and self.loss.topk < 1:
             raise UserError(
                 f"loss.objective={self.loss.objective} needs loss.topk ≥ 1 (value {self.loss.topk}); "
                 "set loss.topk to the number of teacher tokens that were scored"

@@ -13,15 +13,8 @@ from lopd_megatron.errors import UserError
 class LossConfig(Section):
     """What is minimised; docs/method.md has the equations."""
 
-    objective: Literal[
-        "sft",
-        "lightning_opd",
-        "opd_importance",
-        "topk_forward_kl",
-        "topk_reverse_kl",
-        "topk_jsd",
-    ] = "lightning_opd"
-    """Name of the objective."""
+    objective: str = "lightning_opd"
+    """An objective of the table in `config/objectives.py`, or your own as package.module:NAME."""
     advantage_clip: float | None = Field(default=10.0, gt=0)
     """τ: advantages are clipped to [−τ, τ] nats; None: not clipped (the released code)."""
     normalization: Literal["token_mean", "per_sequence"] = "token_mean"
@@ -143,6 +136,8 @@ class TrainConfig(Section):
     """Largest number of held-out documents of one validation, which costs a third of a step with as many."""
     profile_iters: list[int] = []
     """[first, last) iterations recorded by the torch profiler; empty: none."""
+    hooks: list[str] = []
+    """Your own hooks, each package.module:CLASS; they act before those that log and save."""
     tensorboard: bool = False
     """Also write TensorBoard files below `run_dir/logs`."""
     wandb_project: str = ""

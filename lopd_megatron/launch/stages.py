@@ -89,7 +89,7 @@ def stages(config: RunConfig, recipe: str, overrides: Sequence[str] = ()) -> lis
     """The stages of one run, in an order in which they can run."""
     arguments = (recipe, *overrides)
     paths, model, wanted = config.paths, config.model, config.launch.stages
-    sft = config.loss.objective == "sft"
+    sft = not config.needs_teacher
 
     def stage(
         name: str,

@@ -10,24 +10,13 @@ import torch.distributed as dist
 
 from lopd_megatron.config import LossConfig
 from lopd_megatron.loss.fused_head import HeadRows, TokenValues, fused_head
+from lopd_megatron.loss.make_objective import ClassDivergence, make_objective, with_divergence
 from lopd_megatron.loss.metrics import kl_estimate, token_metric_sums
 from lopd_megatron.loss.nonfinite import FiniteCheck
 from lopd_megatron.loss.plain_head import plain_head
-from lopd_megatron.loss.selection import ClassDivergence, select_objective, with_divergence
 from lopd_megatron.loss.trained_tokens import TrainedTokens
 from lopd_megatron.parallel.vocab import VocabRange
 from lopd_megatron.records import LossOutput, MicroBatch
-
-
-def build_loss(
-    config: LossConfig,
-    *,
-    vocab: VocabRange,
-    sequence_parallel: bool,
-    cp_group: dist.ProcessGroup | None = None,
-) -> Loss:
-    """The loss of a run; `vocab.group` is the tensor-parallel group, None where there is one rank."""
-    return Loss(config, vocab, sequence_parallel, cp_group)
 
 
 class TokenSignals(NamedTuple):
@@ -49,13 +38,16 @@ class Loss:
     def __init__(
         self,
         config: LossConfig,
+        *,
         vocab: VocabRange,
         sequence_parallel: bool,
-        cp_group: dist.ProcessGroup | None,
+        cp_group: dist.ProcessGroup | None = None,
     ) -> None:
+        """`vocab.group` is the tensor-parallel group, None where there is one rank."""
         self.finite = FiniteCheck()
         self.observe: Callable[[TokenSignals, torch.Tensor], None] | None = None
         self._config = config
+        self._objective = make_objective(config)
         self._vocab = vocab
         self._sequence_parallel = sequence_parallel
         self._cp_group = cp_group if cp_group is not None and cp_group.size() > 1 else None
@@ -69,7 +61,7 @@ class Loss:
         over CP one all-reduce of [documents] int64.
         """
         tokens = TrainedTokens.of(batch)
-        ids, objective = select_objective(self._config, tokens)
+        ids, objective = self._objective(tokens)
         divergence: ClassDivergence | None = None
         if tokens.teacher_topk_ids is not None:
             ids, objective, divergence = with_divergence(self._config, tokens, objective)

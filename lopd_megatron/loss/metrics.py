@@ -16,7 +16,7 @@ from lopd_megatron.loss.objectives import clipped_advantages
 from lopd_megatron.loss.trained_tokens import TrainedTokens
 
 if TYPE_CHECKING:
-    from lopd_megatron.loss.selection import ClassDivergence
+    from lopd_megatron.loss.make_objective import ClassDivergence
 
 NUM_DECILES = 10
 NONFINITE = "nonfinite_tokens"

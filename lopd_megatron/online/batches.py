@@ -39,7 +39,7 @@ from lopd_megatron.loss import finalize_metrics
 from lopd_megatron.model.weights import export_hf
 from lopd_megatron.progress import say
 from lopd_megatron.train.checkpoint_state import parameters_are_current
-from lopd_megatron.train.setup import build_head_loss, build_loader
+from lopd_megatron.train.setup import build_loader, loss_of_run
 from lopd_megatron.train.state import Hook, StepResult, Trainer
 from lopd_megatron.train.step import pool_metric_sums, run_microbatches
 
@@ -198,7 +198,7 @@ class OnlineRollouts(Hook):
     def _difference(self, trainer: Trainer, probe: list[Document]) -> float:
         """Root mean square of log π_Megatron − log π_vLLM: with the server as teacher it is √(2·k2)."""
         config = self.config.model_copy(update={"loss": LossConfig(objective="lightning_opd")})
-        loss = build_head_loss(config, trainer.spec, trainer.topology)
+        loss = loss_of_run(config, trainer.spec, trainer.topology)
         batch = pack(config, trainer, probe)
         outputs = run_microbatches(replace(trainer, loss=loss), batch, forward_only=True)
         metrics = finalize_metrics(pool_metric_sums([output.metric_sums for output in outputs], trainer))

@@ -74,7 +74,7 @@ def check_online_inputs(config: RunConfig) -> Inputs:
     reason = check_consistency(
         student=student,
         teacher=teacher,
-        objective=config.loss.objective,
+        needs_teacher=config.needs_teacher,
         allow_mismatch=config.lineage.allow_mismatch,
     )
     start, parent = model_fingerprint(student), read_model_lineage(student)

@@ -83,7 +83,7 @@ class RunFolder:
 
     @property
     def is_sft(self) -> bool:
-        return self.config is not None and self.config.loss.objective == "sft"
+        return self.config is not None and not self.config.needs_teacher
 
 
 def read_run(folder: Path) -> RunFolder:

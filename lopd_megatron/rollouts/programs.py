@@ -118,7 +118,7 @@ def _checked(config: RunConfig, data: Lineage) -> Lineage:
         student=config.model.student or None,
         teacher=config.model.teacher or None,
         data=data,
-        objective=config.loss.objective,
+        needs_teacher=config.needs_teacher,
         allow_mismatch=config.lineage.allow_mismatch,
     )
     return data.model_copy(update={"allow_mismatch": reason}, deep=True)

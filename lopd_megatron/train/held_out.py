@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 from lopd_megatron.config import LossConfig
+from lopd_megatron.config.objectives import objective_spec
 from lopd_megatron.loss.loss import TokenSignals
 from lopd_megatron.train.metrics import read_metrics
 
@@ -39,7 +40,7 @@ ERRORS = 2.0
 
 def choose_metric(loss: LossConfig, columns: frozenset[str]) -> HeldOutMetric:
     """What a run is judged by, from its objective and the columns of the held-out data."""
-    if loss.objective == "sft" or "teacher_logprobs" not in columns:
+    if not objective_spec(loss.objective).needs_teacher or "teacher_logprobs" not in columns:
         return "loss"
     return "reverse_kl" if "teacher_topk_ids" in columns else "k2"
 

@@ -44,7 +44,7 @@ def check_inputs(config: RunConfig) -> Inputs:
             teacher=config.model.teacher or None,
             data=manifest.lineage,
             data_origin=prefix,
-            objective=config.loss.objective,
+            needs_teacher=config.needs_teacher,
             allow_mismatch=config.lineage.allow_mismatch,
         )
         reasons += [reason] if reason and reason not in reasons else []
@@ -57,7 +57,7 @@ def trained_lineage(config: RunConfig, manifests: list[Manifest], start: Fingerp
     """What is to be known of the trained weights: SFT names its teacher, distillation keeps that name."""
     data = manifests[0].lineage
     parent = read_model_lineage(config.model.student)
-    is_sft = config.loss.objective == "sft"
+    is_sft = not config.needs_teacher
     return Lineage(
         teacher=None if is_sft else data.teacher,
         sft_teacher=data.generator if is_sft else parent.sft_teacher,

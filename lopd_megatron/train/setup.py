@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lopd_megatron.config import RunConfig
+from lopd_megatron.config.objectives import objective_spec
 from lopd_megatron.data.loader import StepLoader
 from lopd_megatron.data.store import Dataset, open_dataset
 from lopd_megatron.errors import UserError
-from lopd_megatron.loss import Loss, build_loss
+from lopd_megatron.loss import Loss
 from lopd_megatron.model.flops import forward_flops
 from lopd_megatron.parallel import topology as grid
 from lopd_megatron.parallel.vocab import VocabRange
@@ -64,7 +65,7 @@ def build_trainer(
         optimizer=optimizer,
         scheduler=scheduler,
         batches=batches or build_loader(config, spec, topology),
-        loss=build_head_loss(config, spec, topology),
+        loss=loss_of_run(config, spec, topology),
         checkpoints=Checkpoints(config, topology),
         hooks=list(hooks),
     )
@@ -113,14 +114,12 @@ def needed_columns(
     needed = {"tokens"} if topology.is_first_stage else set()
     if topology.is_last_stage:
         needed |= {"labels", "loss_mask", "position_ids", "sequence_index"}
-        if config.loss.objective != "sft":
+        needed |= objective_spec(config.loss.objective).needed_columns
+        # Only reported: how far the student has moved from the one that wrote the rollouts.
+        needed |= {"rollout_logprobs"} & present
+        if config.needs_teacher:
             needed.add("teacher_logprobs")
-        if config.loss.objective.startswith("topk_"):
-            needed |= {"teacher_topk_ids", "teacher_topk_logprobs"}
-        # Otherwise only reported: how far the student has moved from the one that wrote the rollouts.
-        if config.loss.objective == "opd_importance" or "rollout_logprobs" in present:
-            needed.add("rollout_logprobs")
-        if measured and config.loss.objective != "sft":
+        if measured and config.needs_teacher:
             needed |= {"teacher_topk_ids", "teacher_topk_logprobs"} & present
     return frozenset(needed)
 
@@ -132,10 +131,10 @@ def crossover_length(spec: StudentSpec) -> float:
     return 2 * (one - per_pair) / per_pair + 1
 
 
-def build_head_loss(config: RunConfig, spec: StudentSpec, topology: Topology) -> Loss:
+def loss_of_run(config: RunConfig, spec: StudentSpec, topology: Topology) -> Loss:
     """The objective over this rank's part of the vocabulary."""
     vocab = VocabRange.of(spec.vocab_size, spec.padded_vocab_size, topology.tp_group)
-    return build_loss(
+    return Loss(
         config.loss,
         vocab=vocab,
         sequence_parallel=config.parallel.sequence_parallel,
@@ -272,7 +271,7 @@ def standard_hooks(config: RunConfig) -> list[Hook]:
 
     warnings = WarningLog(config.paths.warnings)
     validates = config.train.eval_interval > 0 and bool(held_out_prefixes(config))
-    trains_on_stored_rollouts = config.loss.objective != "sft" and not config.online.enabled
+    trains_on_stored_rollouts = config.needs_teacher and not config.online.enabled
     hooks: list[Hook] = [
         warnings,
         WatchHook(warnings),

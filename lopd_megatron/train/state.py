@@ -31,6 +31,8 @@ class BatchSource(Protocol):
 class Hook:
     """Optional behaviour around the loop. The loop calls hooks, in order; hooks never call the loop.
 
+    `train.hooks` names your own classes, which are made with the `RunConfig` of the run.
+
     Methods are called on every rank, so they may use collectives; each does nothing unless overridden.
     """
 

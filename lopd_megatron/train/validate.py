@@ -19,7 +19,7 @@ from lopd_megatron.train.held_out import (
     read_validations,
 )
 from lopd_megatron.train.metrics import JsonLines
-from lopd_megatron.train.setup import build_head_loss, build_loader
+from lopd_megatron.train.setup import build_loader, loss_of_run
 from lopd_megatron.train.state import Hook, StepResult, Trainer
 from lopd_megatron.train.step import check_finite, pool_metric_sums, run_microbatches
 from lopd_megatron.train.warning_log import WarningLog
@@ -89,7 +89,7 @@ class ValidateHook(Hook):
         if self.batch is None:
             loader = build_loader(self.config, trainer.spec, topology, self.dataset, measured=True)
             self.batch = loader.step(0)
-        loss = build_head_loss(self.config, trainer.spec, topology)
+        loss = loss_of_run(self.config, trainer.spec, topology)
         by_document = DocumentSums(self.metric, len(self.dataset), topology.device)
         loss.observe = by_document.add
         validated = dataclasses.replace(trainer, loss=loss)

@@ -285,7 +285,7 @@ def _clip(value: float | None) -> Callable[[RunConfig], None]:
 
 def _topk(k: int, objective: str = "topk_reverse_kl") -> Callable[[RunConfig], None]:
     def change(config: RunConfig) -> None:
-        config.loss.objective = objective  # type: ignore[assignment]
+        config.loss.objective = objective
         config.loss.topk = k
 
     return change

@@ -177,7 +177,7 @@ def step(overrides: list[str]) -> dict[str, int]:
             optimizer=optimizer,
             scheduler=scheduler,
             batches=None,  # type: ignore[arg-type]
-            loss=setup.build_head_loss(config, spec, topology),
+            loss=setup.loss_of_run(config, spec, topology),
             checkpoints=None,  # type: ignore[arg-type]
         )
         lengths = np.array(LENGTHS, dtype=np.int32)

@@ -9,7 +9,7 @@ import torch
 
 from lopd_megatron.config import LossConfig
 from lopd_megatron.errors import UserError
-from lopd_megatron.loss import build_loss, finalize_metrics
+from lopd_megatron.loss import Loss, finalize_metrics
 from lopd_megatron.loss.trained_tokens import TrainedTokens
 from lopd_megatron.parallel.vocab import VocabRange
 from lopd_megatron.records import MicroBatch
@@ -30,7 +30,7 @@ def loss_of(hidden: torch.Tensor, batch: MicroBatch, **settings: object) -> dict
     generator = torch.Generator().manual_seed(9)
     weight = torch.randn(V, H, generator=generator)
     config = LossConfig.model_validate(settings)
-    loss = build_loss(config, vocab=VocabRange.of(V, V, None), sequence_parallel=False)
+    loss = Loss(config, vocab=VocabRange.of(V, V, None), sequence_parallel=False)
     return loss(hidden[:, None], weight, batch).metric_sums
 
 
@@ -151,7 +151,7 @@ def test_the_kl_estimate_is_unbiased_for_the_whole_kl(topk: int) -> None:
         teacher_topk_ids=top.indices.expand(1, draws + 1, -1) if topk else None,
         teacher_topk_logprobs=top.values.expand(1, draws + 1, -1) if topk else None,
     )
-    loss = build_loss(LossConfig(), vocab=VocabRange.of(V, V, None), sequence_parallel=False)
+    loss = Loss(LossConfig(), vocab=VocabRange.of(V, V, None), sequence_parallel=False)
     seen: list[torch.Tensor] = []
     loss.observe = lambda signals, documents: seen.append(signals.kl_estimate)  # type: ignore[arg-type]
     sums = loss(hidden.expand(draws + 1, H)[:, None], weight, own).metric_sums["kl_estimate"]
@@ -173,7 +173,7 @@ def test_a_measured_class_kl_leaves_loss_and_gradient_of_a_sampled_token_objecti
     weight = torch.randn(V, H, generator=torch.Generator().manual_seed(9), requires_grad=True)
     found = []
     for batch in (with_topk, without):
-        loss = build_loss(LossConfig(), vocab=VocabRange.of(V, V, None), sequence_parallel=False)
+        loss = Loss(LossConfig(), vocab=VocabRange.of(V, V, None), sequence_parallel=False)
         output = loss(hidden, weight, batch)
         gradients = torch.autograd.grad(output.numerator, (hidden, weight))
         found.append((output.numerator, *gradients))
@@ -193,7 +193,7 @@ def test_deciles_follow_the_position_in_the_response() -> None:
     decile = (10 * position / lengths).floor()
     teacher = torch.zeros_like(batch.loss_mask)
     teacher[batch.loss_mask > 0] = -math.log(V) + decile
-    loss = build_loss(LossConfig(), vocab=VocabRange.of(V, V, None), sequence_parallel=False)
+    loss = Loss(LossConfig(), vocab=VocabRange.of(V, V, None), sequence_parallel=False)
     sums = loss(hidden[:, None], weight, replace(batch, teacher_logprobs=teacher)).metric_sums
     metrics = finalize_metrics(sums)
     for i in range(10):

@@ -2,58 +2,55 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from lopd_megatron.config import LossConfig
+from lopd_megatron.config.objectives import objective_spec
 from lopd_megatron.errors import UserError
 from lopd_megatron.loss import classes, objectives
 from lopd_megatron.loss.fused_head import Objective
 from lopd_megatron.loss.objectives import TokenLoss
 from lopd_megatron.loss.trained_tokens import TrainedTokens
 
-
-def select_objective(config: LossConfig, tokens: TrainedTokens) -> tuple[torch.Tensor, Objective]:
-    """Ids [n, J] whose log-probs the objective takes, the label first, and the objective on them."""
-    if config.objective.startswith("topk_"):
-        return _topk(config, tokens)
-    return tokens.labels[:, None], _sampled_token(config, tokens)
+BoundObjective = Callable[[TrainedTokens], tuple[torch.Tensor, Objective]]
+"""The tokens of a micro-batch → ids [n, J] whose log-probs the objective takes, the label first, and it."""
 
 
-def _sampled_token(config: LossConfig, tokens: TrainedTokens) -> Objective:
-    def objective(student: torch.Tensor, part: slice) -> TokenLoss:
-        label = student[:, 0]
-        if config.objective == "sft":
-            loss, weights = objectives.sft(label)
-        elif config.objective == "lightning_opd":
-            teacher = _column(config, tokens, "teacher_logprobs")[part]
-            loss, weights = objectives.lightning_opd(label, teacher, config.advantage_clip)
-        else:
-            loss, weights = objectives.opd_importance(
-                label,
-                _column(config, tokens, "teacher_logprobs")[part],
-                _column(config, tokens, "rollout_logprobs")[part],
-                advantage_clip=config.advantage_clip,
-                importance_clip=config.importance_clip,
-                ppo_clip=config.ppo_clip,
-            )
-        return TokenLoss(loss, torch.stack([weights, torch.zeros_like(weights)], dim=1))
+def make_objective(config: LossConfig) -> BoundObjective:
+    """The objective of a run, made once; it is then bound to the trained tokens of every micro-batch.
 
-    return objective
+    A column that the objective reads and the dataset lacks is a UserError.
+    """
+    spec = objective_spec(config.objective)
+    function = _import(spec.function) if isinstance(spec.function, str) else spec.function
+
+    def bind(tokens: TrainedTokens) -> tuple[torch.Tensor, Objective]:
+        for name in sorted(spec.needed_columns):
+            _column(config, tokens, name)
+        ids = tokens.labels[:, None]
+        if spec.classes:
+            ids, teacher = _token_classes(config, tokens)
+            tokens = replace(tokens, teacher_class_logprobs=teacher)
+
+        def objective(student: torch.Tensor, part: slice) -> TokenLoss:
+            if spec.classes:
+                return function(student, tokens.part(part), config)
+            loss, weights = function(student[:, 0], tokens.part(part), config)
+            return TokenLoss(loss, torch.stack([weights, torch.zeros_like(weights)], dim=1))
+
+        return ids, objective
+
+    return bind
 
 
-def _topk(config: LossConfig, tokens: TrainedTokens) -> tuple[torch.Tensor, Objective]:
-    ids, teacher = _token_classes(config, tokens)
-
-    def objective(student: torch.Tensor, part: slice) -> TokenLoss:
-        if config.objective == "topk_forward_kl":
-            return objectives.topk_forward_kl(student, teacher[part])
-        if config.objective == "topk_reverse_kl":
-            return objectives.topk_reverse_kl(student, teacher[part])
-        return objectives.topk_jsd(student, teacher[part], config.jsd_beta)
-
-    return ids, objective
+def _import(place: str) -> Callable[..., TokenLoss]:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 class ClassDivergence(NamedTuple):
@@ -93,7 +90,7 @@ def _token_classes(config: LossConfig, tokens: TrainedTokens) -> tuple[torch.Ten
     """Ids of the named classes [n, 1 + k] and the teacher's log-probs [n, 1 + k + 1]."""
     topk_ids = _column(config, tokens, "teacher_topk_ids")
     topk_logprobs = _column(config, tokens, "teacher_topk_logprobs")
-    k = config.topk if config.objective.startswith("topk_") else topk_ids.size(1)
+    k = config.topk if objective_spec(config.objective).classes else topk_ids.size(1)
     if topk_ids.size(1) < k:
         raise UserError(
             f"loss.topk={config.topk} is more than the {topk_ids.size(1)} teacher tokens per position of the "
