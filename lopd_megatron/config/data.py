@@ -100,7 +100,7 @@ class DataConfig(Section):
     prefixes: list[str] = []
     """Datasets to train on; empty: the one this run built."""
     valid_prefixes: list[str] = []
-    """Held-out datasets for validation metrics and EffOPD scores; empty: the part that this run held out."""
+    """Held-out datasets for validation and EffOPD; empty: validation takes what this run held out."""
     valid_fraction: float = Field(default=0.02, ge=0, le=0.25)
     """Share of the rollouts, by whole prompts and at least 32, that the build keeps back for validation as
     `dataset/valid`; 0: none. A dataset of which 32 are more than a quarter keeps none back."""
