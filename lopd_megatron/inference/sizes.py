@@ -31,6 +31,10 @@ class ModelShape:
 def read_shape(model: str) -> ModelShape:
     whole = read_hf_config(model)
     config = whole.get("text_config", whole)  # models that also see keep their language model here
+    for field in ("num_attention_heads", "num_hidden_layers", "hidden_size", "vocab_size"):
+        value = config.get(field)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{model}: {field}={value!r} in config.json is no positive whole number")
     heads = config["num_attention_heads"]
     return ModelShape(
         num_layers=config["num_hidden_layers"],
