@@ -55,8 +55,8 @@ def weight_files(folder: str | Path) -> list[Path]:
     """The safetensors files that hold the weights, sorted; all others in the folder are not read.
 
     transformers reads `model.safetensors` where there is one, vLLM what the index names, and without an index
-    every file. A folder on which they differ is a UserError, as are names that lead out of the folder. Files may
-    be symbolic links, as in the cache of the Hugging Face hub.
+    every file. A folder on which they differ is a UserError, as are names that lead out of the folder. Files
+    may be symbolic links, as they are in the cache of the Hugging Face hub.
     """
     folder = Path(folder)
     index = folder / INDEX

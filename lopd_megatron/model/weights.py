@@ -41,7 +41,7 @@ def load_hf(
     source = HfTensors(folder, spec)
     if topology.rank == 0 and source.files.is_rounded_in(source.dtype):
         say(
-            f"{folder} stores {', '.join(sorted(source.files.kinds()))}: its weights are rounded to bfloat16; "
+            f"{folder} stores {', '.join(sorted(source.files.kinds()))}: weights are rounded to bfloat16; "
             "train.precision=fp32 keeps them"
         )
     load_tensors(chunks, source, spec, topology)
@@ -92,7 +92,7 @@ class HfTensors:
     """Whole Megatron tensors, merged from a Hugging Face folder as they are asked for."""
 
     def __init__(self, folder: str | Path, spec: StudentSpec) -> None:
-        """A UserError where names and shapes of the folder are not exactly those that its config describes."""
+        """A UserError where names and shapes of the folder are not exactly those of the config."""
         self.dtype: torch.dtype = spec.transformer_config.params_dtype
         self.files = HfFolder(folder)
         if spec.tied_embeddings:

@@ -94,14 +94,9 @@ def test_a_missing_shard_is_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "field",
     [
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-    ]
-    + ["num_hidden_layers", "num_experts", "moe_intermediate_size"],
+        *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+        *("head_dim", "num_hidden_layers", "num_experts", "moe_intermediate_size"),
+    ],
 )
 def test_a_config_that_does_not_fit_the_tensors_is_refused_before_any_is_read(
     tmp_path: Path, field: str, monkeypatch: pytest.MonkeyPatch
