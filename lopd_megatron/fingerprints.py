@@ -86,6 +86,12 @@ def tokenizer_fingerprint(folder: str | Path) -> Fingerprint:
     }
 
 
+def cache_folder(name: str) -> Path:
+    """Where something is kept that can be computed again, `$XDG_CACHE_HOME/lopd_megatron/NAME`."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "lopd_megatron" / name
+
+
 def _tensor_hashes(files: list[Path]) -> list[dict[str, str]]:
     """One {tensor: hash} per file, from the cache where size and times are unchanged."""
     caches = [_cache_path(file) for file in files]
@@ -169,9 +175,8 @@ def _refuse_larger_vocabulary(folder: Path, largest: int) -> None:
 
 
 def _cache_path(file: Path) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     key = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:32]
-    return root / "lopd_megatron" / "fingerprints" / f"{key}.json"
+    return cache_folder("fingerprints") / f"{key}.json"
 
 
 def _stamp(stat: os.stat_result) -> dict[str, int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lopd_megatron.config import EngineConfig
 from lopd_megatron.errors import UserError
-from lopd_megatron.model.student_spec import read_hf_config
+from lopd_megatron.model.hf_config import read_hf_config
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Of vLLM's CPU attention; any other fails deep in the first forward pass."""
