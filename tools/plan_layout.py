@@ -14,9 +14,9 @@ import argparse
 
 from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import run_program
-from lopd_megatron.model.hf_config import read_hf_config
 from lopd_megatron.model.memory_estimate import OVERHEAD_BYTES
 from lopd_megatron.model.planning import Layout, feasible_layouts, step_flops
+from lopd_megatron.model.student_spec import read_hf_config
 from lopd_megatron.recipes.models import BY_NAME
 
 GIB = 1024**3

@@ -101,7 +101,7 @@ def rope_parameters(hf: dict[str, Any]) -> dict[str, Any]:
 
 def num_experts(hf: dict[str, Any]) -> int:
     """Experts per mixture layer; 0 for a dense model, which ignores such fields as transformers does."""
-    if hf["model_type"] != "qwen3_moe":
+    if hf.get("model_type") != "qwen3_moe":
         return 0
     return hf.get("num_experts") or hf.get("num_local_experts") or 0
 

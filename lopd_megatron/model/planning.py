@@ -10,9 +10,8 @@ from typing import Any
 from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import UserError
 from lopd_megatron.model.flops import train_flops
-from lopd_megatron.model.hf_config import num_experts
 from lopd_megatron.model.memory_estimate import OVERHEAD_BYTES, MemoryEstimate, estimate_memory
-from lopd_megatron.model.student_spec import student_spec
+from lopd_megatron.model.student_spec import num_experts, student_spec
 from lopd_megatron.parallel.topology import check_world_size
 
 GPUS_PER_NODE = 8
