@@ -23,18 +23,20 @@ if TYPE_CHECKING:  # seconds of every start, and many readers need no tensor
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _POINTER = b"version https://git-lfs"
 # Buffers that old files carry and every implementation computes.
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq$")
 _FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
+_PIECE_BYTES = 16 << 20
 _DTYPES = {"F32": ("float32", 4), "BF16": ("bfloat16", 2), "F16": ("float16", 2)}
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a model folder. A missing or damaged file is a UserError."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; give a Hugging Face folder") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -53,10 +55,16 @@ def weight_files(folder: str | Path) -> list[Path]:
     """The safetensors files that hold the weights, sorted; all others in the folder are not read.
 
     transformers reads `model.safetensors` where there is one, vLLM what the index names, and without an index
-    every file. A folder on which they differ is a UserError, as are names that lead out of the folder.
+    every file. A folder on which they differ is a UserError, as are names that lead out of the folder. Files
+    may be symbolic links, as they are in the cache of the Hugging Face hub.
     """
     folder = Path(folder)
     index = folder / INDEX
+    if (folder / ADAPTER).exists():
+        raise UserError(
+            f"{folder} has {ADAPTER}: transformers would add the adapter to the weights and vLLM would not; "
+            "merge it into the weights, or move it away"
+        )
     if index.is_file():
         names = sorted(set(_weight_map(index).values()))
         if (folder / WEIGHTS).exists() and names != [WEIGHTS]:
@@ -75,7 +83,13 @@ def weight_files(folder: str | Path) -> list[Path]:
     files = [folder / name for name in names]
     for file in files:
         if not file.is_file():
-            raise UserError(f"{file} does not exist; the model folder {folder} is incomplete")
+            pickled = sorted(folder.glob("*.bin"))
+            way_out = (
+                f"the weights in {pickled[0].name} are pickled, save them as safetensors"
+                if pickled
+                else f"the model folder {folder} is incomplete"
+            )
+            raise UserError(f"{file} does not exist; {way_out}")
     return files
 
 
@@ -201,6 +215,10 @@ class HfFolder:
         """The dtypes of the stored tensors as safetensors writes them: F32, BF16, F16."""
         return {stored.kind for stored in self._tensors.values()}
 
+    def is_rounded_in(self, dtype: torch.dtype) -> bool:
+        """Whether `dtype`, bfloat16 or float32, cannot hold every stored number."""
+        return dtype.itemsize < 4 and self.kinds() != {"BF16"}
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor in its stored dtype; only its bytes are read."""
         import torch
@@ -216,7 +234,7 @@ class HfFolder:
     def refuse_second_head(self) -> None:
         """For a model with tied embeddings: `refuse_second_head` on the bytes of head and embedding."""
         if {HEAD, EMBEDDING} <= self.names():
-            refuse_second_head(self.folder, same=self.read(HEAD).equal(self.read(EMBEDDING)))
+            refuse_second_head(self.folder, same=_same_bytes(self._tensors[HEAD], self._tensors[EMBEDDING]))
 
 
 def refuse_second_head(folder: str | Path, *, same: bool) -> None:
@@ -231,11 +249,31 @@ def refuse_second_head(folder: str | Path, *, same: bool) -> None:
         )
 
 
+def _same_bytes(first: Stored, second: Stored) -> bool:
+    """Whether two whole tensors are equal, read a piece at a time."""
+    if (first.kind, first.shape) != (second.kind, second.shape):
+        return False
+    with first.file.open("rb") as a, second.file.open("rb") as b:
+        a.seek(first.offset)
+        b.seek(second.offset)
+        left = first.end - first.offset
+        while left:
+            size = min(left, _PIECE_BYTES)
+            if a.read(size) != b.read(size):
+                return False
+            left -= size
+    return True
+
+
 def _one_by_one(name: str, stored: Stored) -> dict[str, Stored]:
     """A tensor under its name; fused experts [E, ...] as the projections of each expert."""
     match = _FUSED.match(name)
     if not match:
         return {name: stored}
+    if len(stored.shape) != 3 or (match[2] == "gate_up_proj" and stored.shape[1] % 2):
+        raise UserError(
+            f"{name} in {stored.file} has shape {list(stored.shape)}, which is not that of fused experts"
+        )
     found = {}
     for expert in range(stored.shape[0]):
         prefix = f"{match[1]}.{expert}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from lopd_megatron.cli import RECIPES, recipe_module
 from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import UserError
+from lopd_megatron.hf_folder import read_config
 
 LARGEST = 256
 
@@ -69,9 +69,9 @@ def _architecture(student: str) -> dict[str, Any] | None:
     path = Path(student) / "config.json"
     if student and path.is_file():
         try:
-            found = json.loads(path.read_text())
-            return found if isinstance(found, dict) and "num_attention_heads" in found else None
-        except (OSError, ValueError):
+            found = read_config(student)
+        except UserError:
             return None  # whoever reads the model says what is wrong with it
+        return found if "num_attention_heads" in found else None
     known: dict[str, dict[str, Any]] = recipe_module(RECIPES / "models.py").BY_NAME
     return known.get(Path(student).name.removesuffix("-Base"))

@@ -8,8 +8,8 @@
 
 import     writes the weights as a torch_dist checkpoint that loads under any layout
 export     writes a checkpoint (iter_0000150/, or the folder above it for the newest) of any layout as
-           safetensors; config, tokenizer and generation config come from the folder training started from;
-           a recipe names all three folders
+           safetensors; config, tokenizer, chat template, generation config and licence come from the folder
+           training started from; a recipe names all three folders
 roundtrip  imports, exports, compares bit for bit and removes what it wrote
 verify     compares the logits of transformers and of Megatron on fixed tokens in float32; with
            --checkpoint the Megatron side is the checkpoint and --hf its export
@@ -19,7 +19,6 @@ Memory: the largest parameter and its parts (verify holds both models). Exit cod
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -30,8 +29,8 @@ import torch
 from lopd_megatron.cli import load_recipe
 from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import UserError
-from lopd_megatron.files import write_json
-from lopd_megatron.hf_folder import HfFolder
+from lopd_megatron.files import sha256_file
+from lopd_megatron.hf_folder import HfFolder, read_json
 from lopd_megatron.model.student_spec import StudentSpec, student_spec
 from lopd_megatron.parallel import topology as grid
 from lopd_megatron.progress import say
@@ -113,18 +112,21 @@ def import_hf(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     from lopd_megatron.model.checkpoint_reader import CheckpointTensors, newest_checkpoint
-    from lopd_megatron.model.export import check_output, write_hf_folder
+    from lopd_megatron.model.export import check_output, export_problem, write_hf_folder
 
     folder = newest_checkpoint(args.checkpoint)
-    made_of, note = describe_export(folder, args.precision), args.output / "export.json"
-    if args.overwrite and note.is_file() and json.loads(note.read_text()) == made_of:
-        say(f"{args.output} is already the export of {folder}")
-        return 0
+    made_of = describe_export(folder, args.hf, args.precision)
+    if args.overwrite and args.output.is_dir():
+        problem = export_problem(args.output, made_of)
+        if not problem:
+            say(f"{args.output} is already the export of {folder}")
+            return 0
+        say(f"{args.output} is exported again: {problem}")
     check_output(args.output, args.hf, overwrite=args.overwrite)
     spec, _ = one_process(args.hf, "fp32")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[args.precision]
     description = folder / "checkpoint.json"
-    lineage = json.loads(description.read_text()).get("lineage") if description.is_file() else None
+    lineage = read_json(description).get("lineage") if description.is_file() else None
     write_hf_folder(
         CheckpointTensors(folder, spec),
         spec,
@@ -133,17 +135,25 @@ def export(args: argparse.Namespace) -> int:
         dtype=dtype,
         overwrite=args.overwrite,
         lineage=lineage,
+        made_of=made_of,
     )
-    write_json(note, made_of)
     say(f"exported {folder} to {args.output}")
     return 0
 
 
-def describe_export(checkpoint: Path, precision: str | None) -> dict[str, object]:
-    """What tells one export from another: the checkpoint's files by size and time, and the precision."""
+def describe_export(checkpoint: Path, hf: Path, precision: str | None) -> dict[str, object]:
+    """What tells one export from another.
+
+    The checkpoint's files by size and time, the model's config and companions by hash, and the precision.
+    """
+    from lopd_megatron.model.export import companions
+
     stats = {file.name: file.stat() for file in sorted(checkpoint.glob("*")) if file.is_file()}
     files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    return {"checkpoint": checkpoint.name, "files": files, "precision": precision}
+    model = {
+        name: sha256_file(hf / name) for name in [*companions(hf), "config.json"] if (hf / name).is_file()
+    }
+    return {"checkpoint": checkpoint.name, "files": files, "model": model, "precision": precision}
 
 
 def roundtrip(args: argparse.Namespace) -> int:

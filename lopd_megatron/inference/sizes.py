@@ -7,7 +7,7 @@ from typing import Any
 
 from lopd_megatron.config import EngineConfig
 from lopd_megatron.errors import UserError
-from lopd_megatron.model.student_spec import read_hf_config
+from lopd_megatron.model.hf_config import read_hf_config
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Of vLLM's CPU attention; any other fails deep in the first forward pass."""
@@ -31,6 +31,10 @@ class ModelShape:
 def read_shape(model: str) -> ModelShape:
     whole = read_hf_config(model)
     config = whole.get("text_config", whole)  # models that also see keep their language model here
+    for field in ("num_attention_heads", "num_hidden_layers", "hidden_size", "vocab_size"):
+        value = config.get(field)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{model}: {field}={value!r} in config.json is no positive whole number")
     heads = config["num_attention_heads"]
     return ModelShape(
         num_layers=config["num_hidden_layers"],

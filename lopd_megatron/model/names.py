@@ -126,6 +126,28 @@ def global_name(name: str, *, layer_offset: int, expert_offset: int) -> str:
     return re.sub(r"(?<=local_experts\.)\d+", lambda found: str(int(found[0]) + expert_offset), name)
 
 
+def hf_shapes(weight: Weight, spec: StudentSpec) -> list[tuple[int, ...]]:
+    """The shape that the configuration gives to each Hugging Face tensor of a weight."""
+    config = spec.transformer_config
+    hidden, head = config.hidden_size, config.kv_channels
+    heads, groups = config.num_attention_heads * head, config.num_query_groups * head
+    ffn = config.moe_ffn_hidden_size if weight.expert else config.ffn_hidden_size
+    if weight.vocabulary:
+        return [(spec.vocab_size, hidden)]
+    if weight.layout == "qkv":
+        rest = () if weight.name.endswith("bias") else (hidden,)
+        return [(rows, *rest) for rows in (heads, groups, groups)]
+    if weight.layout == "gate_up":
+        return [(ffn, hidden), (ffn, hidden)]
+    if weight.name.endswith("linear_fc2.weight"):
+        return [(hidden, ffn)]
+    if weight.name.endswith("linear_proj.weight"):
+        return [(hidden, heads)]
+    if weight.name.endswith("router.weight"):
+        return [(spec.num_experts, hidden)]
+    return [(head,) if weight.name.endswith(("q_layernorm.weight", "k_layernorm.weight")) else (hidden,)]
+
+
 def merge(weight: Weight, tensors: Sequence[torch.Tensor], spec: StudentSpec) -> torch.Tensor:
     """Hugging Face tensors → the whole Megatron tensor (vocabulary not yet padded)."""
     if weight.layout == "gate_up":

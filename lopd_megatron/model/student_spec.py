@@ -1,7 +1,6 @@
 """Hugging Face configuration → Megatron configuration, in one table.
 
-Supported: Qwen3 and Qwen3-MoE, Qwen2/2.5, Llama 3. Whatever Megatron-Core would compute differently from
-transformers is refused by name instead of approximated.
+`hf_config` reads and judges the Hugging Face side.
 """
 
 from __future__ import annotations
@@ -16,17 +15,14 @@ import torch
 from lopd_megatron.config import ParallelConfig, RunConfig
 from lopd_megatron.errors import UserError
 from lopd_megatron.hf_folder import read_config
+from lopd_megatron.model.hf_config import num_experts, read_hf_config, refuse_unsupported, rope_parameters
 from lopd_megatron.parallel import prepare_megatron
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
 
-MODEL_TYPES = ("qwen3", "qwen3_moe", "qwen2", "llama")
 VOCABULARY_MULTIPLE = 128
 """Padded vocabularies are multiples of this, so every power-of-two TP up to it gives the same padded size."""
-
-# What Megatron-Core hard-codes in RotaryEmbedding._apply_scaling.
-_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 @dataclass(frozen=True)
@@ -64,31 +60,6 @@ class StudentSpec:
         return [layer % pattern == 0 for layer in range(self.num_layers)]
 
 
-def read_hf_config(source: str | Path | dict[str, Any]) -> dict[str, Any]:
-    """The configuration of a Hugging Face folder as transformers computes it, with all defaults filled in.
-
-    A dictionary is a whole configuration already, and a model type that is not supported stays as written.
-    So two forms of the rotary settings, or a missing field, mean here what they mean to transformers.
-    """
-    if isinstance(source, dict):
-        return source
-    if not Path(source).exists():
-        raise UserError(f"{source} is not a Hugging Face model folder: it does not exist; set model.student")
-    stored = read_config(source)
-    if stored.get("model_type") not in MODEL_TYPES:
-        return stored
-    from transformers import CONFIG_MAPPING
-
-    # The dtype of the files counts, not what the config says of it.
-    known = {key: value for key, value in stored.items() if key not in ("dtype", "torch_dtype")}
-    try:
-        return CONFIG_MAPPING[stored["model_type"]](**known).to_dict()
-    except Exception as error:
-        raise UserError(
-            f"{source}: transformers does not accept config.json ({type(error).__name__}: {error})"
-        ) from error
-
-
 def student_spec(
     source: str | Path | dict[str, Any], config: RunConfig, *, attention: str | None = None
 ) -> StudentSpec:
@@ -101,7 +72,7 @@ def student_spec(
     from megatron.core.transformer import TransformerConfig
 
     hf = read_hf_config(source)
-    _refuse_unsupported(hf)
+    refuse_unsupported(hf)
     stored = source if isinstance(source, dict) else read_config(source)
     attention = attention or attention_backend(config.model.attention, config.train.precision)
     rope = rope_parameters(hf)
@@ -154,61 +125,10 @@ def attention_backend(choice: str, precision: str = "bf16") -> str:
     return choice
 
 
-def rope_parameters(hf: dict[str, Any]) -> dict[str, Any]:
-    """Rotary parameters in the transformers-5 form, from either form of config.json."""
-    stored = hf.get("rope_parameters") or {}
-    old = hf.get("rope_scaling") or {}
-    rope = {"rope_theta": hf.get("rope_theta", 10000.0), **stored, **old}
-    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    return rope
-
-
-def num_experts(hf: dict[str, Any]) -> int:
-    """Experts per mixture layer; 0 for a dense model."""
-    return hf.get("num_experts") or hf.get("num_local_experts") or 0
-
-
 def _has_transformer_engine() -> bool:
     from megatron.core.extensions import transformer_engine
 
     return transformer_engine.HAVE_TE
-
-
-def _refuse_unsupported(hf: dict[str, Any]) -> None:
-    kind = hf.get("model_type")
-    if kind not in MODEL_TYPES:
-        raise UserError(f"model_type {kind!r} is not supported; supported: {', '.join(MODEL_TYPES)}")
-    if hf.get("hidden_act", "silu") != "silu":
-        raise UserError(f"hidden_act {hf['hidden_act']!r} is not supported; only 'silu' is")
-    # transformers lists the kind of every layer; the flag alone may concern none of them.
-    if set(hf.get("layer_types") or ["sliding"]) != {"full_attention"} and hf.get("use_sliding_window"):
-        raise UserError("use_sliding_window=true is not supported: the student attends to the whole sequence")
-    if hf.get("mlp_bias"):
-        raise UserError("mlp_bias=true is not supported")
-    if kind == "llama" and hf.get("attention_bias"):
-        raise UserError(
-            "attention_bias=true is not supported for llama: its output projection has a bias too"
-        )
-    if kind in ("qwen3", "qwen3_moe") and hf.get("attention_bias"):
-        raise UserError(f"attention_bias=true is not supported for {kind}")
-    rope = rope_parameters(hf)
-    if not isinstance(rope.get("rope_theta"), int | float):
-        raise UserError(f"rope_theta={rope.get('rope_theta')} in config.json is no number")
-    if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) not in (None, 1, 1.0):
-        raise UserError(f"partial_rotary_factor is not supported for {kind}: all of a head is rotated")
-    if num_experts(hf) and hf.get("num_experts_per_tok") == 1 and hf.get("norm_topk_prob"):
-        raise UserError(
-            "num_experts_per_tok=1 with norm_topk_prob=true is not supported: its router has no gradient"
-        )
-    if rope["rope_type"] not in ("default", "llama3"):
-        raise UserError(f"rope_type {rope['rope_type']!r} is not supported; only 'default' and 'llama3' are")
-    if rope["rope_type"] == "llama3":
-        for name, value in _LLAMA3_ROPE.items():
-            if rope.get(name) != value:
-                raise UserError(
-                    f"rope parameter {name}={rope.get(name)} is not supported: "
-                    f"Megatron-Core fixes it to {value}"
-                )
 
 
 def _architecture(hf: dict[str, Any]) -> dict[str, Any]:

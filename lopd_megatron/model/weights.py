@@ -17,6 +17,7 @@ from lopd_megatron.model.names import (
     Weight,
     canonical_name,
     global_name,
+    hf_shapes,
     merge,
     shard,
     tied_copy,
@@ -26,6 +27,7 @@ from lopd_megatron.model.names import (
 from lopd_megatron.model.student import StudentModel
 from lopd_megatron.model.student_spec import StudentSpec
 from lopd_megatron.parallel.topology import Topology
+from lopd_megatron.progress import say
 
 
 def load_hf(
@@ -36,7 +38,13 @@ def load_hf(
     Each rank reads the tensors its parameters are made of, one at a time. A tensor that the model has no
     place for, a parameter without a tensor and a wrong shape are UserErrors that name them.
     """
-    load_tensors(chunks, HfTensors(folder, spec), spec, topology)
+    source = HfTensors(folder, spec)
+    if topology.rank == 0 and source.files.is_rounded_in(source.dtype):
+        say(
+            f"{folder} stores {', '.join(sorted(source.files.kinds()))}: weights are rounded to bfloat16; "
+            "train.precision=fp32 keeps them"
+        )
+    load_tensors(chunks, source, spec, topology)
 
 
 def load_tensors(
@@ -84,46 +92,52 @@ class HfTensors:
     """Whole Megatron tensors, merged from a Hugging Face folder as they are asked for."""
 
     def __init__(self, folder: str | Path, spec: StudentSpec) -> None:
-        """A UserError where the tensors of the folder are not exactly those of the model."""
+        """A UserError where names and shapes of the folder are not exactly those of the config."""
         self.dtype: torch.dtype = spec.transformer_config.params_dtype
-        self._files = HfFolder(folder)
+        self.files = HfFolder(folder)
         if spec.tied_embeddings:
-            self._files.refuse_second_head()
+            self.files.refuse_second_head()
         self._spec = spec
         self._check_coverage()
+        self._check_shapes()
 
     def shape(self, weight: Weight) -> tuple[int, ...]:
-        parts = [torch.empty(self._files.shape(name), device="meta") for name in weight.hf_names]
+        parts = [torch.empty(self.files.shape(name), device="meta") for name in weight.hf_names]
         return tuple(self._pad(weight, merge(weight, parts, self._spec)).shape)
 
     def read(self, weight: Weight) -> torch.Tensor:
         """In the stored dtype, on the CPU."""
-        parts = [self._files.read(name) for name in weight.hf_names]
+        parts = [self.files.read(name) for name in weight.hf_names]
         return self._pad(weight, merge(weight, parts, self._spec))
 
     def _pad(self, weight: Weight, tensor: torch.Tensor) -> torch.Tensor:
         """Zero rows up to the padded vocabulary."""
         if not weight.vocabulary:
             return tensor
-        if len(tensor) != self._spec.vocab_size:
-            raise UserError(
-                f"{weight.hf_names[0]} in {self._files.folder} has {len(tensor)} rows and config.json says "
-                f"vocab_size {self._spec.vocab_size}; they do not belong together"
-            )
         missing = self._spec.padded_vocab_size - len(tensor)
         return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
 
     def _check_coverage(self) -> None:
         wanted = {name for weight in weight_table(self._spec).values() for name in weight.hf_names}
-        present = self._files.names()
+        present = self.files.names()
         if self._spec.tied_embeddings:
             present.discard("lm_head.weight")  # some folders store the embedding twice
         for names, problem in ((wanted - present, "lacks"), (present - wanted, "has unknown")):
             if names:
                 raise UserError(
-                    f"{self._files.folder} {problem} {len(names)} tensor(s): {', '.join(sorted(names)[:3])}; "
+                    f"{self.files.folder} {problem} {len(names)} tensor(s): {', '.join(sorted(names)[:3])}; "
                     f"is it a whole {self._spec.hf_config['model_type']} model?"
                 )
+
+    def _check_shapes(self) -> None:
+        for weight in weight_table(self._spec).values():
+            for name, shape in zip(weight.hf_names, hf_shapes(weight, self._spec), strict=True):
+                found = self.files.shape(name)
+                if found != shape:
+                    raise UserError(
+                        f"{name} in {self.files.folder} has shape {list(found)}, and config.json describes "
+                        f"{list(shape)}; they do not belong together"
+                    )
 
 
 def export_hf(

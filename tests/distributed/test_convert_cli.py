@@ -37,11 +37,21 @@ def convert(*arguments: str | Path) -> tuple[int, str]:
 def test_import_export_verify_and_refusals(tmp_path: Path) -> None:
     hf, checkpoint, out = tmp_path / "hf", tmp_path / "checkpoint", tmp_path / "out"
     save_model("qwen3_moe", hf)
-    (hf / "tokenizer_config.json").write_text("{}")
+    companions = (
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "LICENSE",
+        "additional_chat_templates/a.jinja",
+    )
+    for name in companions:
+        (hf / name).parent.mkdir(exist_ok=True)
+        (hf / name).write_text("{}")
+    (hf / "README.md").write_text("of another model")
 
     assert convert("import", "--hf", hf, "--checkpoint", checkpoint)[0] == 0
     assert convert("export", "--checkpoint", checkpoint, "--hf", hf, "--output", out)[0] == 0
-    assert (out / "tokenizer_config.json").is_file()
+    assert [(out / name).read_text() for name in companions] == ["{}"] * 4
+    assert not (out / "README.md").exists()
     assert differing_tensors(hf, out) == []
 
     code, text = convert("verify", "--hf", out, "--checkpoint", checkpoint)
@@ -55,3 +65,8 @@ def test_import_export_verify_and_refusals(tmp_path: Path) -> None:
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     code, text = convert("verify", "--hf", out, "--checkpoint", checkpoint)
     assert (code, "DIFFERENT" in text) == (1, True), text
+
+    for said in ("model.safetensors was changed", "is already the export of"):
+        code, text = convert("export", "--checkpoint", checkpoint, "--hf", hf, "--output", out, "--overwrite")
+        assert (code, said in text) == (0, True), text
+    assert differing_tensors(hf, out) == []

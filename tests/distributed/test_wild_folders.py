@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from lopd_megatron.errors import UserError
 from tests.distributed.world import run_world
-from tests.helpers import wild_folders
+from tests.helpers import wild_configs, wild_folders
 
 TOLERANCE = 2e-4
 """Float32 rounding of two implementations over two layers, on logits of a few units; a wrong weight gives 0.1
 and more. Weights in bfloat16 and float16 are the same numbers on both sides."""
 
 
-def logits_of_all(out: str, names: list[str]) -> dict[str, float | str]:
+def logits_of_changed_configs(out: str, every: int) -> dict[str, float | str]:
+    return logits_of_all(out, wild_configs.write(Path(out), every))
+
+
+def logits_of_all(out: str, names: Iterable[str]) -> dict[str, float | str]:
     """Largest difference to transformers by folder, or the text of the refusal."""
     from lopd_megatron.config import RunConfig
     from lopd_megatron.fingerprints import model_fingerprint
@@ -66,3 +71,20 @@ def test_every_folder_is_read_as_transformers_reads_it_or_refused(
             wrong.append(f"{name}: wanted {refusal or 'equal logits'}, got {outcome}")
     assert wrong == [], "\n".join(wrong)
     assert sum(refusal is not None for refusal in expected.values()) >= 25
+
+
+@pytest.mark.dist
+def test_every_field_of_a_config_is_read_as_transformers_reads_it_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any other error, or a config that takes a minute, ends the rank and fails."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    every = 4  # with 1, all 1,600 of them, it takes a minute
+    (found,) = run_world(logits_of_changed_configs, 1, str(tmp_path), every, timeout_s=120)
+    wrong = [f"{name}: {outcome}" for name, outcome in found.items() if not _is_right(outcome)]
+    assert wrong == [], "\n".join(wrong)
+    assert sum(isinstance(outcome, float) for outcome in found.values()) >= 400 / every
+
+
+def _is_right(outcome: float | str) -> bool:
+    return "\n" not in outcome if isinstance(outcome, str) else outcome <= TOLERANCE

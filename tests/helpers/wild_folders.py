@@ -108,11 +108,29 @@ def write(out: Path) -> dict[str, str | None]:
     save("one_layer_too_many", qwen3, "model.layers.1", config={"num_hidden_layers": 1, "layer_types": None})
     save("one_layer_too_few", qwen3, "model.layers.2", config={"num_hidden_layers": 3, "layer_types": None})
     save("another_width", qwen3, "do not belong together", config={"intermediate_size": 64})
-    save("another_vocabulary", qwen3, "vocab_size 200", config={"vocab_size": 200})
+    save("another_vocabulary", qwen3, "describes [200, 64]", config={"vocab_size": 200})
     save("a_tensor_of_another_model", qwen3, "model.extra", tensors=lambda t: t | {"model.extra": other})
     save("old_inverse_frequencies", llama, tensors=lambda t: t | {f"{ROTARY}.inv_freq": torch.ones(8)})
     save("integers", qwen3, "I32", tensors=lambda t: t | {EMBEDDING: t[EMBEDDING].to(torch.int32)})
     save("an_unknown_family", qwen3, "model_type 'mystery'", config={"model_type": "mystery"})
+
+    save("quantized", qwen3, "quantization_config", config={"quantization_config": {"quant_method": "fp8"}})
+    save("an_adapter", qwen3, "adapter_config.json")
+    (out / "an_adapter/adapter_config.json").write_text("{}")
+    save("pickled_weights", qwen3, "pickled").joinpath("model.safetensors").rename(
+        out / "pickled_weights/pytorch_model.bin"
+    )
+    linked = save("links_as_in_the_cache_of_the_hub", qwen3)
+    for file in list(linked.iterdir()):
+        blob = out / "blobs" / file.name
+        blob.parent.mkdir(exist_ok=True)
+        file.rename(blob)
+        file.symlink_to(Path("..") / "blobs" / file.name)
+    mixed = save("mixed_dtypes", qwen3)
+    stored = load_file(mixed / "model.safetensors")
+    kinds = (torch.float32, torch.bfloat16, torch.float16)
+    rounded = {name: stored[name].to(kinds[i % 3]) for i, name in enumerate(sorted(stored))}
+    save_file(rounded, mixed / "model.safetensors", {"format": "pt"})
 
     sharded(save("one_shard", qwen3))
     stale = save("stale_index", qwen3, "transformers would read")

@@ -1,6 +1,7 @@
 """Fingerprints are of content, and the three rules of one teacher, one student, one vocabulary hold."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -121,6 +122,61 @@ def test_tokenizers_agree_by_vocabulary(model: Path, tmp_path: Path) -> None:
     assert first["fingerprint"] != second["fingerprint"]
     save_vocabulary(other, ("<pad>", "b", "a", "c"))
     assert tokenizer_fingerprint(other)["vocabulary"] != first["vocabulary"]
+
+
+@pytest.mark.parametrize("change", ["merges", "settings", "lost settings", "template"])
+def test_every_part_of_a_tokenizer_counts(model: Path, change: str) -> None:
+    (model / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    before = tokenizer_fingerprint(model)
+    if change == "merges":
+        tokenizer = json.loads((model / "tokenizer.json").read_text())
+        tokenizer["model"]["merges"] = [["a", "b"]]
+        (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    elif change == "settings":
+        (model / "tokenizer_config.json").write_text('{"add_bos_token": true}')
+    elif change == "lost settings":
+        (model / "tokenizer_config.json").unlink()
+    else:
+        (model / "chat_template.jinja").write_text("another")
+    after = tokenizer_fingerprint(model)
+    assert after["fingerprint"] != before["fingerprint"]
+    assert after["vocabulary"] == before["vocabulary"]
+
+
+def test_the_tokenizer_of_a_larger_model_is_refused(model: Path) -> None:
+    config = {"model_type": "qwen3", "vocab_size": 3}
+    (model / "config.json").write_text(json.dumps(config))
+    save_vocabulary(model, ("a", "b", "c"))
+    tokenizer_fingerprint(model)
+    save_vocabulary(model, ("a", "b", "c", "d"))
+    with pytest.raises(UserError, match=r"has the token id 3, and config\.json says vocab_size 3"):
+        tokenizer_fingerprint(model)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"model": []}', '{"model": {"vocab": {"a": null}}}', "[", "\xff"])
+def test_a_damaged_tokenizer_is_refused(model: Path, text: str) -> None:
+    (model / "tokenizer.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"tokenizer\.json is not "):
+        tokenizer_fingerprint(model)
+
+
+def test_a_damaged_cache_costs_only_time(model: Path, cache: Path) -> None:
+    before = fingerprint(model)
+    (file,) = (path for path in cache.rglob("*.json"))
+    for damage in ("", "{", "[]", "{}", '{"tensors": {}}'):
+        file.write_text(damage)
+        assert fingerprint(model) == before
+
+
+def test_a_file_changed_behind_its_modification_time_is_read_again(model: Path) -> None:
+    before = fingerprint(model)
+    path = model / "model.safetensors"
+    times = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert fingerprint(model) != before
 
 
 def test_lineage_travels_with_a_model(model: Path, tmp_path: Path) -> None:

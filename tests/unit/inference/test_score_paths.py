@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from lopd_megatron.config import EngineConfig
 from lopd_megatron.errors import UserError
 from lopd_megatron.inference.score_paths import choose_path, sample_requests
-from lopd_megatron.inference.sizes import ModelShape, check_fits, cpu_kv_cache_bytes, scoring_batch_tokens
+from lopd_megatron.inference.sizes import (
+    ModelShape,
+    check_fits,
+    cpu_kv_cache_bytes,
+    read_shape,
+    scoring_batch_tokens,
+)
 from lopd_megatron.rollouts.score_stage import score_tokens
 from tests.unit.rollouts.fake_engine import FakeEngine, fake_logprob
 
@@ -80,3 +89,15 @@ def test_the_cpu_cache_holds_at_least_one_document() -> None:
     assert 3 * 1001 * per_token <= cpu_kv_cache_bytes(SHAPE, config, 4) < 4 * 1001 * per_token
     large = ModelShape(80, 8, 128, 1, None, {})
     assert cpu_kv_cache_bytes(large, EngineConfig(max_model_len=32768), 2) > 32768 * 2 * 80 * 8 * 128 * 2
+
+
+@pytest.mark.parametrize("value", [None, 0, -1, 2.5, "64", True])
+def test_a_model_without_its_sizes_is_refused(tmp_path: Path, value: object) -> None:
+    sizes = {"num_attention_heads": 4, "num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 100}
+    config = {"model_type": "gemma3", "text_config": sizes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_shape(str(tmp_path)).head_dim == 16
+    for name in sizes:
+        (tmp_path / "config.json").write_text(json.dumps(config | {"text_config": sizes | {name: value}}))
+        with pytest.raises(UserError, match=rf"{name}={value!r} in config\.json is no positive whole number"):
+            read_shape(str(tmp_path))

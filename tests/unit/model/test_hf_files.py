@@ -9,12 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lopd_megatron import hf_folder
 from lopd_megatron.errors import UserError
-from lopd_megatron.hf_folder import HfFolder
+from lopd_megatron.hf_folder import EMBEDDING, HEAD, HfFolder
 from lopd_megatron.model.export import check_output
+from lopd_megatron.model.names import hf_shapes, weight_table
 from lopd_megatron.model.safetensors_writer import SafetensorsWriter, TensorPlan
 from lopd_megatron.model.weights import HfTensors
-from tests.unit.model.tiny import QWEN3, spec_of
+from tests.unit.model.tiny import MOE, QWEN3, spec_of
+
+MIXED = MOE | {"mlp_only_layers": [0]}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -73,8 +77,6 @@ def test_missing_and_unknown_tensors_are_refused_by_name(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"lacks \d+ tensor\(s\): lm_head.weight"):
         HfTensors(tmp_path, spec_of(QWEN3))
     spec = spec_of(QWEN3)
-    from lopd_megatron.model.names import weight_table
-
     names = [name for weight in weight_table(spec).values() for name in weight.hf_names]
     tensors = {name: torch.zeros(1) for name in [*names, "model.layers.9.extra.weight"]}
     save_file(tensors, tmp_path / "model.safetensors")
@@ -89,15 +91,60 @@ def test_a_missing_shard_is_refused_by_name(tmp_path: Path) -> None:
         HfFolder(tmp_path)
 
 
-def test_vocabulary_of_another_size_is_refused(tmp_path: Path) -> None:
-    spec = spec_of(QWEN3)
-    from lopd_megatron.model.names import weight_table
+@pytest.mark.parametrize(
+    "field",
+    [
+        *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+        *("head_dim", "num_hidden_layers", "num_experts", "moe_intermediate_size"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_tensors_is_refused_before_any_is_read(
+    tmp_path: Path, field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = MIXED
+    spec = spec_of(config)
+    tensors = {
+        name: torch.zeros(shape)
+        for weight in weight_table(spec).values()
+        for name, shape in zip(weight.hf_names, hf_shapes(weight, spec), strict=True)
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    monkeypatch.setattr(HfFolder, "read", None)
+    HfTensors(tmp_path, spec)
+    for change in (lambda value: value * 2, lambda value: value // 2):
+        # Both numbers of heads are even, and 2 layers or experts remain.
+        with pytest.raises(UserError, match=r"belong together|lacks|has unknown"):
+            HfTensors(tmp_path, spec_of(config | {field: change(config[field])}))
 
-    table = weight_table(spec)
-    names = [name for weight in table.values() for name in weight.hf_names]
-    save_file({name: torch.zeros(200, 64) for name in names}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"has 200 rows and config.json says vocab_size 211"):
-        HfTensors(tmp_path, spec).read(table["embedding.word_embeddings.weight"])
+
+def test_a_head_is_compared_with_the_embedding_by_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hf_folder, "_PIECE_BYTES", 7)
+    embedding = torch.randn(5, 3)
+    save_file({EMBEDDING: embedding, HEAD: embedding.clone()}, tmp_path / "model.safetensors")
+    HfFolder(tmp_path).refuse_second_head()
+    for head in (embedding.bfloat16(), embedding + torch.eye(5, 3) * 1e-6, embedding[:4].clone()):
+        save_file({EMBEDDING: embedding, HEAD: head}, tmp_path / "model.safetensors")
+        with pytest.raises(UserError, match=r"lm_head\.weight differs"):
+            HfFolder(tmp_path).refuse_second_head()
+
+
+def test_what_bfloat16_would_round(tmp_path: Path) -> None:
+    kinds = {"a": torch.float32, "b": torch.bfloat16, "c": torch.float16}
+    for names, rounded in (("b", False), ("ab", True), ("c", True), ("bc", True)):
+        tensors = {name: torch.ones(1, dtype=kinds[name]) for name in names}
+        save_file(tensors, tmp_path / "model.safetensors")
+        folder = HfFolder(tmp_path)
+        assert folder.is_rounded_in(torch.bfloat16) == rounded
+        assert not folder.is_rounded_in(torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (4, 6), (4, 5, 3), (4, 6, 3, 1)])
+def test_experts_of_an_impossible_shape_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    save_file({"model.layers.0.mlp.experts.gate_up_proj": torch.zeros(shape)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="not that of fused experts"):
+        HfFolder(tmp_path)
 
 
 def test_outputs_are_not_overwritten_by_accident(tmp_path: Path) -> None:

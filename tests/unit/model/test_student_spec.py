@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 
 from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import UserError
-from lopd_megatron.model.student_spec import padded_vocab_size, read_hf_config, rope_parameters, student_spec
+from lopd_megatron.model.hf_config import read_hf_config, rope_parameters
+from lopd_megatron.model.student_spec import padded_vocab_size, student_spec
 from tests.unit.model.tiny import LLAMA31, MOE, QWEN2, QWEN3, spec_of
 
 
@@ -114,5 +116,31 @@ def test_impossible_layouts_are_refused(hf: dict, layout: dict[str, Any], messag
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist; give a Hugging Face folder"):
         read_hf_config(tmp_path)
+
+
+def test_a_computed_config_is_kept_and_a_damaged_one_computed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "config.json").write_text(json.dumps(QWEN3))
-    assert read_hf_config(tmp_path) == QWEN3
+    first = read_hf_config(tmp_path)
+    assert rope_parameters(first)["rope_theta"] == 1e4
+    assert first["rms_norm_eps"] == 1e-6
+    (kept,) = (tmp_path / "cache").rglob("*.json")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "transformers", None)  # its import would raise
+        assert read_hf_config(tmp_path) == first
+    for damage in ("", "[]", kept.read_text().replace('"hidden_size": 64', '"hidden_size": 65')):
+        kept.write_text(damage)
+        assert read_hf_config(tmp_path) == first
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3 | {"rms_norm_eps": 1e-5}))
+    assert read_hf_config(tmp_path)["rms_norm_eps"] == 1e-5
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3))
+    assert read_hf_config(tmp_path)["hidden_size"] == 64
