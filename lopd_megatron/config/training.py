@@ -30,7 +30,7 @@ class LossConfig(Section):
     head: Literal["fused", "plain"] = "fused"
     """`plain` keeps the whole logits and is the reference."""
     head_chunk_tokens: int = Field(default=4096, ge=1)
-    """Rows whose logits exist at a time; fewer rows take less memory."""
+    """Work memory of the head, in rows of logits in the precision of the run; fewer take less memory."""
 
 
 class ParallelConfig(Section):
