@@ -47,6 +47,9 @@ class AlignmentReport:
     tokens: int
     mean_abs_difference: float
     max_abs_difference: float
+    mean_difference: float
+    """With its sign: how much more probable the stored values are, an estimate of KL(stored ‖ new)."""
+    root_mean_square: float
     worst_document: int
     """Index in the dataset of the document with the largest single difference."""
     worst_position: int
@@ -100,12 +103,15 @@ def compare(samples: Sequence[Sample], scorer: Scorer, tolerance: float) -> Alig
     means = [float(np.abs(d).sum() / n) for d, n in zip(differences, counts, strict=True)]
     worst = int(np.argmax([np.abs(d).max() for d in differences]))
     place = int(np.abs(differences[worst]).argmax())
-    mean = float(sum(np.abs(d).sum() for d in differences) / sum(counts))
+    total = sum(counts)
+    mean = float(sum(np.abs(d).sum() for d in differences) / total)
     return AlignmentReport(
         documents=len(samples),
-        tokens=sum(counts),
+        tokens=total,
         mean_abs_difference=mean,
         max_abs_difference=float(abs(differences[worst][place])),
+        mean_difference=float(sum(d.sum() for d in differences) / total),
+        root_mean_square=float(np.sqrt(sum(np.square(d).sum() for d in differences) / total)),
         worst_document=samples[worst].index,
         worst_position=samples[worst].prompt_length + place,
         worst_document_mean=max(means),
