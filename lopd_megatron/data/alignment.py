@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from lopd_megatron.data.teacher_proof import check_shift
 from lopd_megatron.errors import UserError
 
 Scorer = Callable[[Sequence[tuple[Sequence[int], Sequence[int]]]], list[np.ndarray]]
@@ -32,6 +33,7 @@ class Sample:
     tokens: np.ndarray  # int [s]
     loss_mask: np.ndarray  # [s]
     rollout_logprobs: np.ndarray  # float32 [s]
+    teacher_logprobs: np.ndarray | None = None  # float32 [s]
 
     @property
     def prompt_length(self) -> int:
@@ -118,6 +120,16 @@ def compare(samples: Sequence[Sample], scorer: Scorer, tolerance: float) -> Alig
         tolerance=tolerance,
         diagnosis=_diagnosis(stored, rescored, masks, means, mean, tolerance),
     )
+
+
+def check_teacher_shift(samples: Sequence[Sample], where: str | Path) -> None:
+    """UserError where the teacher's column lies a token later or earlier than that of the rollouts."""
+    teacher, rollout = [], []
+    for sample in samples:
+        if sample.teacher_logprobs is not None:
+            teacher.append(sample.teacher_logprobs[sample.prompt_length :])
+            rollout.append(sample.rollout_logprobs[sample.prompt_length :])
+    check_shift(teacher, rollout, where)
 
 
 def refuse_misaligned(report: AlignmentReport, where: str | Path) -> None:

@@ -37,6 +37,7 @@ from lopd_megatron.data.build_dataset import Document
 from lopd_megatron.data.in_memory import memory_dataset
 from lopd_megatron.data.loader import StepLoader
 from lopd_megatron.data.store import Dataset, Prefix
+from lopd_megatron.data.teacher_proof import check_shift
 from lopd_megatron.errors import UserError
 from lopd_megatron.files import write_json
 from lopd_megatron.loss.loss import TokenSignals
@@ -122,8 +123,15 @@ class FirstLogprobs(Hook):
                 say(f"the trainer's first log-probs are not compared: {reason}")
             return {}
         parts, is_start = _rollouts_of(trainer)
+        samples, where = _samples(parts), ", ".join(part.prefix for part in parts)
+        own: list[np.ndarray] = []
+
+        def score(documents: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
+            own.extend(own_logprobs(trainer, documents))
+            return own
+
         limit = self.config.train.start_tolerance or derived_limit(parts, trainer.spec)
-        report = compare(_samples(parts), lambda documents: own_logprobs(trainer, documents), limit)
+        report = compare(samples, score, limit)
         diagnosis = _diagnosis(report)
         found = {
             **report.as_dict(),
@@ -135,12 +143,12 @@ class FirstLogprobs(Hook):
         if is_rank0:
             write_json(self.config.paths.first_logprobs, found)
         if diagnosis and is_start:
-            where = ", ".join(part.prefix for part in parts)
             raise UserError(
                 f"{where}: the trainer does not find rollout_logprobs again: {_line(report)}; {diagnosis}; "
                 "nothing was trained; compare model.student with the model that wrote the rollouts, or raise "
                 "train.start_tolerance"
             )
+        _check_teacher(samples, own, where)
         if is_rank0:
             note = f"; {diagnosis}; not refused: the start did not write these rollouts" if diagnosis else ""
             say(f"the trainer's first log-probs against rollout_logprobs: {_line(report)}{note}")
@@ -188,8 +196,21 @@ def _samples(parts: Sequence[Prefix]) -> list[Sample]:
         dataset = Dataset([part])
         for index in sample_indices(len(dataset), max(1, DOCUMENTS // len(parts))):
             columns = dataset.document(index)
-            found.append(Sample(index, *(columns[n] for n in ("tokens", "loss_mask", "rollout_logprobs"))))
+            found.append(Sample(index, **{n: columns[n] for n in _COMPARED if n in columns}))
     return found
+
+
+_COMPARED = ("tokens", "loss_mask", "rollout_logprobs", "teacher_logprobs")
+
+
+def _check_teacher(samples: list[Sample], own: list[np.ndarray], where: str) -> None:
+    """UserError where the teacher's column lies a token off, whoever wrote the rollouts."""
+    teacher, student = [], []
+    for sample, values in zip(samples, own, strict=True):
+        if sample.teacher_logprobs is not None:
+            teacher.append(sample.teacher_logprobs[sample.prompt_length :])
+            student.append(values)
+    check_shift(teacher, student, where)
 
 
 def _diagnosis(report: AlignmentReport) -> str:
