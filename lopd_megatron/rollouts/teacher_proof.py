@@ -70,7 +70,7 @@ def prove_teacher_column(
     difference, same_ids = _compare_topk(topks, scores) if topk else (0.0, 1.0)
     diagnosis = report.diagnosis
     if not diagnosis and (difference > tolerance or same_ids < _LEAST_SAME_IDS):
-        diagnosis = f"its top-k log-probs differ by {difference:.2e} nats on average, {same_ids:.0%} of the ids are the same"
+        diagnosis = f"its top-k differs by {difference:.2e} nats on average and has {same_ids:.0%} of the ids"
     if diagnosis:
         raise UserError(
             f"{folder}: the teacher does not find its stored log-probs again: {report.line()}; {diagnosis}; "
