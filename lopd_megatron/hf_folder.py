@@ -51,6 +51,15 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return read_json(Path(folder) / "config.json")
 
 
+def vocab_size_of(folder: str | Path) -> int:
+    """Rows of the embedding: ids are below it."""
+    config = read_config(folder)
+    size = config.get("text_config", config).get("vocab_size")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise UserError(f"{Path(folder) / 'config.json'}: vocab_size is {size!r}, not a positive number")
+    return size
+
+
 def weight_files(folder: str | Path) -> list[Path]:
     """The safetensors files that hold the weights, sorted; all others in the folder are not read.
 

@@ -25,6 +25,7 @@ from lopd_megatron.data.shard_reader import read_shards
 from lopd_megatron.data.stops import special_token_ids
 from lopd_megatron.errors import UserError
 from lopd_megatron.fingerprints import model_fingerprint, tokenizer_fingerprint
+from lopd_megatron.hf_folder import vocab_size_of
 from lopd_megatron.lineage import Lineage, check_consistency
 from lopd_megatron.progress import say
 from lopd_megatron.rollouts.share import generator_model
@@ -60,6 +61,7 @@ def main() -> int:
             special_ids=special_token_ids(model) | set(stop_token_ids(model)),
             proof=alignment_proof(config, model),
             proof_documents=data.alignment_sample,
+            vocab_size=vocab_size_of(config.model.student) if config.model.student else None,
             allow_mismatch=checked(config, read_shards(source)[0].lineage, source),
         )
     report(config, manifest)
@@ -80,7 +82,12 @@ def import_official(config: RunConfig, files: list[Path], filters: Filters, held
     lineage.allow_mismatch = checked(config, lineage, files[0])
     sources = [OfficialFile(file, prompt_tokenizer(student)) for file in files]
     return build_from(
-        sources, config.paths.dataset_prefix, filters=filters, held_out=held_out, lineage=lineage
+        sources,
+        config.paths.dataset_prefix,
+        filters=filters,
+        held_out=held_out,
+        lineage=lineage,
+        vocab_size=vocab_size_of(student),
     )
 
 

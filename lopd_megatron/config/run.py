@@ -156,6 +156,7 @@ class Paths:
         self.scores = run_dir / "scores"
         self.dataset_prefix = run_dir / "dataset" / "train"
         self.checkpoints = run_dir / "checkpoints"
+        self.first_logprobs = run_dir / "first_logprobs.json"
         self.metrics = run_dir / "metrics.jsonl"
         self.validation = run_dir / "validation.jsonl"
         self.warnings = run_dir / "warnings.jsonl"

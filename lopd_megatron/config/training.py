@@ -30,7 +30,7 @@ class LossConfig(Section):
     head: Literal["fused", "plain"] = "fused"
     """`plain` keeps the whole logits and is the reference."""
     head_chunk_tokens: int = Field(default=4096, ge=1)
-    """Rows whose logits exist at a time; fewer rows take less memory."""
+    """Work memory of the head, in rows of logits in the precision of the run; fewer take less memory."""
 
 
 class ParallelConfig(Section):
@@ -118,6 +118,9 @@ class TrainConfig(Section):
     """Precision of weights and activations; main parameters are fp32 in both."""
     deterministic_mode: bool = False
     """Only deterministic kernels: slower, the same bits in every run."""
+    start_tolerance: float | None = Field(default=None, ge=0)
+    """Largest root mean square in nats by which the trainer's first log-probs may differ from
+    `rollout_logprobs`; null: what rounding explains (train.first_logprobs), 0: not compared."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """Compute activations again in the backward pass: nothing, some modules, or whole layers."""
     recompute_modules: list[str] = ["core_attn"]

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from lopd_megatron.data.teacher_proof import check_shift
 from lopd_megatron.errors import UserError
 
 Scorer = Callable[[Sequence[tuple[Sequence[int], Sequence[int]]]], list[np.ndarray]]
@@ -32,6 +33,7 @@ class Sample:
     tokens: np.ndarray  # int [s]
     loss_mask: np.ndarray  # [s]
     rollout_logprobs: np.ndarray  # float32 [s]
+    teacher_logprobs: np.ndarray | None = None  # float32 [s]
 
     @property
     def prompt_length(self) -> int:
@@ -47,6 +49,9 @@ class AlignmentReport:
     tokens: int
     mean_abs_difference: float
     max_abs_difference: float
+    mean_difference: float
+    """With its sign: how much more probable the stored values are, an estimate of KL(stored ‖ new)."""
+    root_mean_square: float
     worst_document: int
     """Index in the dataset of the document with the largest single difference."""
     worst_position: int
@@ -100,18 +105,31 @@ def compare(samples: Sequence[Sample], scorer: Scorer, tolerance: float) -> Alig
     means = [float(np.abs(d).sum() / n) for d, n in zip(differences, counts, strict=True)]
     worst = int(np.argmax([np.abs(d).max() for d in differences]))
     place = int(np.abs(differences[worst]).argmax())
-    mean = float(sum(np.abs(d).sum() for d in differences) / sum(counts))
+    total = sum(counts)
+    mean = float(sum(np.abs(d).sum() for d in differences) / total)
     return AlignmentReport(
         documents=len(samples),
-        tokens=sum(counts),
+        tokens=total,
         mean_abs_difference=mean,
         max_abs_difference=float(abs(differences[worst][place])),
+        mean_difference=float(sum(d.sum() for d in differences) / total),
+        root_mean_square=float(np.sqrt(sum(np.square(d).sum() for d in differences) / total)),
         worst_document=samples[worst].index,
         worst_position=samples[worst].prompt_length + place,
         worst_document_mean=max(means),
         tolerance=tolerance,
         diagnosis=_diagnosis(stored, rescored, masks, means, mean, tolerance),
     )
+
+
+def check_teacher_shift(samples: Sequence[Sample], where: str | Path) -> None:
+    """UserError where the teacher's column lies a token later or earlier than that of the rollouts."""
+    teacher, rollout = [], []
+    for sample in samples:
+        if sample.teacher_logprobs is not None:
+            teacher.append(sample.teacher_logprobs[sample.prompt_length :])
+            rollout.append(sample.rollout_logprobs[sample.prompt_length :])
+    check_shift(teacher, rollout, where)
 
 
 def refuse_misaligned(report: AlignmentReport, where: str | Path) -> None:

@@ -17,7 +17,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lopd_megatron.data.alignment import AlignmentReport, Sample, refuse_misaligned, sample_indices
+from lopd_megatron.data.alignment import (
+    AlignmentReport,
+    Sample,
+    check_teacher_shift,
+    refuse_misaligned,
+    sample_indices,
+)
 from lopd_megatron.data.filters import Filters, rows_of, select
 from lopd_megatron.data.held_out import (
     NONE,
@@ -32,6 +38,8 @@ from lopd_megatron.data.held_out import (
 from lopd_megatron.data.manifest import Manifest, read_manifest
 from lopd_megatron.data.shard_reader import RolloutBatch, read_shards
 from lopd_megatron.data.stops import StopCounts
+from lopd_megatron.data.teacher_proof import PROOF_FILE, read_teacher_proof
+from lopd_megatron.data.vocabulary import check_batch
 from lopd_megatron.data.writer import DatasetWriter, existing_manifest
 from lopd_megatron.errors import UserError
 from lopd_megatron.lineage import Lineage
@@ -109,11 +117,19 @@ def build_dataset(
     special_ids: Collection[int] | None = None,
     proof: Proof | None = None,
     proof_documents: int = 0,
+    vocab_size: int | None = None,
     allow_mismatch: str = "",
 ) -> Manifest:
     """The dataset of a folder of finished shards of rollouts or scored rollouts; see `build_from`."""
     shards = read_shards(folder)
     lineage = shards[0].lineage
+    teacher_proof = None
+    if shards[0].kind == "scores":
+        teacher_proof = read_teacher_proof(folder, common_hash(shards))
+        if teacher_proof is None:
+            say(
+                f"{folder}: the teacher's column is not proved (no {PROOF_FILE}); lopd scores makes the proof"
+            )
     if allow_mismatch:
         lineage = lineage.model_copy(update={"allow_mismatch": allow_mismatch})
     return build_from(
@@ -125,6 +141,8 @@ def build_dataset(
         lineage=lineage,
         proof=proof,
         proof_documents=proof_documents,
+        vocab_size=vocab_size,
+        teacher_proof=teacher_proof,
     )
 
 
@@ -138,16 +156,19 @@ def build_from(
     special_ids: Collection[int] | None = None,
     proof: Proof | None = None,
     proof_documents: int = 0,
+    vocab_size: int | None = None,
+    teacher_proof: dict[str, Any] | None = None,
 ) -> Manifest:
     """Build the dataset of all sources, or return the one that is there already.
 
     `held_out` keeps back a share of the prompts as a second dataset, `valid` in the same folder; it is
     complete before the one for training is. `special_ids` asks for the counts of `stops`. Restart it after a
     kill: it goes on behind the last finished source and gives the same bytes. A dataset of other sources,
-    filters or another split at a prefix is refused, never overwritten. Memory: one batch of rows and what the
+    filters or another split at a prefix is refused, never overwritten. A token id of `vocab_size` or more
+    is refused, as is a teacher's column that lies a token off. Memory: one batch of rows and what the
     source holds, and four bytes a document; with `held_out` eight more.
     """
-    parents = [hashlib.sha256(" ".join(source.sha256 for source in sources).encode()).hexdigest()]
+    parents = [common_hash(sources)]
     done = existing_manifest(prefix)
     if done is not None and _is_whole(done, prefix, parents, filters, held_out):
         return done
@@ -170,17 +191,35 @@ def build_from(
             settings = {"sources": parents, "filters": described}
             writer = stack.enter_context(DatasetWriter(where, columns, topk, settings))
             parts.append(_Part(name, writer, split, filters, special_ids))
-        _fill(parts, sources, prefix)
-        alignment = None
-        trained = parts[-1].writer
-        if parts[-1].name == TRAIN and proof is not None and proof_documents and trained.documents:
-            report = proof(trained.samples(sample_indices(trained.documents, proof_documents)))
-            refuse_misaligned(report, sources[0].path.parent)
-            alignment = report.as_dict()
+        _fill(parts, sources, prefix, vocab_size)
         for part in parts:
+            alignment = None
+            if part.name == TRAIN and "rollout_logprobs" in columns:
+                alignment = _prove(part.writer, proof, proof_documents, sources[0].path.parent)
             if part.writer.documents or part.name == TRAIN:
-                part.commit(made, described, alignment if part.name == TRAIN else None)
+                part.commit(made, described, alignment, vocab_size, teacher_proof)
     return read_manifest(prefix)
+
+
+def _prove(writer: DatasetWriter, proof: Proof | None, documents: int, origin: Path) -> dict[str, Any] | None:
+    """The report of the alignment proof, where one is asked for; the columns are compared in any case."""
+    if not writer.documents:
+        return None
+    check_teacher_shift(writer.samples(sample_indices(writer.documents, _COMPARED)), origin)
+    if proof is None or not documents:
+        return None
+    report = proof(writer.samples(sample_indices(writer.documents, documents)))
+    refuse_misaligned(report, origin)
+    return report.as_dict()
+
+
+_COMPARED = 64
+"""Documents whose two columns of log-probs are compared."""
+
+
+def common_hash(sources: Sequence[Source]) -> str:
+    """One hash for all sources."""
+    return hashlib.sha256(" ".join(source.sha256 for source in sources).encode()).hexdigest()
 
 
 def _is_whole(
@@ -247,7 +286,14 @@ class _Part:
             state["stops"] = self.stops.state
         self.writer.save_point(state)
 
-    def commit(self, lineage: Lineage, filters: dict[str, Any], alignment: dict[str, Any] | None) -> None:
+    def commit(
+        self,
+        lineage: Lineage,
+        filters: dict[str, Any],
+        alignment: dict[str, Any] | None,
+        vocab_size: int | None,
+        teacher_proof: dict[str, Any] | None,
+    ) -> None:
         has_teacher = "teacher_logprobs" in self.writer.columns
         has_k2 = has_teacher and "rollout_logprobs" in self.writer.columns
         self.writer.commit(
@@ -257,10 +303,12 @@ class _Part:
             kept=dict(self.kept),
             alignment=alignment,
             stops=self.stops.summary(has_teacher, has_k2) if self.stops else None,
+            vocab_size=vocab_size,
+            teacher_proof=teacher_proof,
         )
 
 
-def _fill(parts: list[_Part], sources: Sequence[Source], prefix: str | Path) -> None:
+def _fill(parts: list[_Part], sources: Sequence[Source], prefix: str | Path, vocab_size: int | None) -> None:
     """Append every source to the parts that lack it."""
     first = min((part.sources for part in parts), default=len(sources))
     if first:
@@ -270,7 +318,7 @@ def _fill(parts: list[_Part], sources: Sequence[Source], prefix: str | Path) -> 
             # A kill between two save points leaves one part a file ahead.
             lacking = [part for part in parts if part.sources <= index]
             if lacking:
-                _append(lacking, source)
+                _append(lacking, source, vocab_size)
             for part in lacking:
                 part.save_point(index + 1)
             bar.update(source.tokens)
@@ -287,9 +335,11 @@ def _columns(source: Source) -> tuple[list[str], int]:
     return [name for name in COLUMNS if name in names], batch.topk
 
 
-def _append(parts: list[_Part], source: Source) -> None:
+def _append(parts: list[_Part], source: Source, vocab_size: int | None) -> None:
     row = 0
     for batch in source.batches():
+        if vocab_size is not None:
+            check_batch(batch, vocab_size, source.path, row)
         try:
             for part in parts:
                 part.add(batch)

@@ -36,6 +36,9 @@ def summary(prefix: str, manifest: Manifest) -> Iterator[str]:
     yield f"  columns    {', '.join(manifest.columns)}{topk}"
     yield f"  left out   {_counts(manifest.dropped)}"
     yield f"  kept       {_counts(manifest.kept)}"
+    if manifest.teacher_proof is not None:
+        difference = manifest.teacher_proof["mean_abs_difference"]
+        yield f"  re-scored  by the teacher, mean |difference| {difference:.2e} nats"
     if manifest.alignment is None:
         yield "  alignment  not proved"
     else:

@@ -46,6 +46,10 @@ class Manifest(BaseModel):
     """The alignment proof of the build: see `alignment.AlignmentReport`; None: not made."""
     stops: dict[str, Any] | None = None
     """How the responses end: see `stops.StopCounts.summary`; None: not counted."""
+    vocab_size: int | None = None
+    """Ids below it were allowed, of the tokens and of the top-k; None: not checked by the build."""
+    teacher_proof: dict[str, Any] | None = None
+    """The proof of the teacher's column that scoring made: see `rollouts.teacher_proof`; None: not made."""
     files: dict[str, FileEntry]
     """`<column>.bin` and `<column>.idx`, without the prefix."""
     lineage: Lineage
@@ -60,7 +64,8 @@ class Manifest(BaseModel):
         return self.fingerprint == self._hash()
 
     def _hash(self) -> str:
-        unknown_to_older = {"stops"} if self.stops is None else set()
+        newer = ("stops", "vocab_size", "teacher_proof")
+        unknown_to_older = {name for name in newer if getattr(self, name) is None}
         value = self.model_dump(mode="json", exclude={"fingerprint"} | unknown_to_older)
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 

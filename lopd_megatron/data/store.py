@@ -9,6 +9,7 @@ import numpy as np
 
 from lopd_megatron.data.column_files import IndexedColumn, open_column
 from lopd_megatron.data.manifest import Manifest, manifest_path, read_manifest
+from lopd_megatron.data.vocabulary import first_foreign
 from lopd_megatron.data.writer import are_logprobs
 from lopd_megatron.errors import UserError
 from lopd_megatron.files import sha256_file
@@ -51,8 +52,11 @@ class Prefix(Documents):
         for name, column in columns.items():
             self._check_lengths(name, column)
 
-    def verify(self) -> None:
-        """Hash every byte and check every value; a UserError names the file. Reads the whole dataset once."""
+    def verify(self, vocab_size: int | None = None) -> None:
+        """Hash every byte and check every value; a UserError names the file. Reads the whole dataset once.
+
+        With `vocab_size` an id of a token or of the top-k at or above it is refused, with its document.
+        """
         for name, entry in self.manifest.files.items():
             path = Path(f"{self.prefix}.{name}")
             if sha256_file(path) != entry.sha256:
@@ -62,8 +66,23 @@ class Prefix(Documents):
                 )
         for name, column in self.values.items():
             for start in range(0, len(column), _VERIFY_BLOCK):
-                if not _are_valid(name, column[start : start + _VERIFY_BLOCK]):
+                block = column[start : start + _VERIFY_BLOCK]
+                if not _are_valid(name, block):
                     raise UserError(f"{self.prefix}.{name}.bin holds an impossible value; build it again")
+                if vocab_size is not None and name in ("tokens", "teacher_topk_ids"):
+                    self._check_ids(name, block, start, vocab_size)
+
+    def _check_ids(self, name: str, block: np.ndarray, start: int, vocab_size: int) -> None:
+        place = first_foreign(block, vocab_size)
+        if place is None:
+            return
+        token = (start + place) // self.width(name)
+        document = int(np.searchsorted(self.offsets, token, side="right")) - 1
+        raise UserError(
+            f"{self.prefix}, document {document}, token {token - int(self.offsets[document])}: {name} holds "
+            f"{block[place]}, the vocabulary of model.student has {vocab_size} ids; build the dataset from "
+            "rollouts and scores of models with this vocabulary"
+        )
 
     def _check_lengths(self, name: str, column: IndexedColumn) -> None:
         path, manifest = f"{self.prefix}.{name}.idx", self.manifest
@@ -128,11 +147,11 @@ class Dataset:
     def manifests(self) -> list[Manifest]:
         return [part.manifest for part in self.prefixes if isinstance(part, Prefix)]
 
-    def verify(self) -> None:
+    def verify(self, vocab_size: int | None = None) -> None:
         """Full check of all prefixes; see `Prefix.verify`."""
         for part in self.prefixes:
             if isinstance(part, Prefix):
-                part.verify()
+                part.verify(vocab_size)
 
 
 def open_dataset(prefixes: Sequence[str | Path]) -> Dataset:

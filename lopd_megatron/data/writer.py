@@ -137,6 +137,8 @@ class DatasetWriter:
         kept: dict[str, int] | None = None,
         alignment: dict[str, Any] | None = None,
         stops: dict[str, Any] | None = None,
+        vocab_size: int | None = None,
+        teacher_proof: dict[str, Any] | None = None,
     ) -> Manifest:
         """Turn the building folder into the dataset. The prefix is not touched before all is on disk."""
         if not self.documents:
@@ -159,6 +161,8 @@ class DatasetWriter:
                 kept=kept or {},
                 alignment=alignment,
                 stops=stops,
+                vocab_size=vocab_size,
+                teacher_proof=teacher_proof,
                 files=files,
                 lineage=lineage,
             ).sealed()
@@ -184,7 +188,8 @@ class DatasetWriter:
         """Documents that were appended, read back from the files, for the alignment proof."""
         lengths = self.write_indices()
         stops = np.cumsum(lengths, dtype=np.int64)
-        names = ("tokens", "loss_mask", "rollout_logprobs")
+        names = ["tokens", "loss_mask", "rollout_logprobs"]
+        names += ["teacher_logprobs"] if "teacher_logprobs" in self.columns else []
         columns = [open_column(str(self.folder / name), COLUMNS[name].dtype).values for name in names]
         return [
             Sample(index, *(values[stops[index] - lengths[index] : stops[index]] for values in columns))

@@ -6,24 +6,26 @@ all-gather to the softmax over all shards, one scaling in place from exponential
 logits, and two GEMMs to the gradients of hidden states and weight. `[tokens, vocab]` never exists, nothing is
 recomputed, and `backward` only multiplies by the upstream scalar.
 
-Numerics. Ids whose log-probs the objective needs are taken out of the logits before the exponential, so the
-probability of everything else is a sum of its own and never 1 − Σ: exact for a tail of 1e-30 as for a label
-with p = 1 − 1e-12. Row quantities are float64, [c, J]; logits are exponentiated in float32.
+Numerics. Logits are float32, those of bfloat16 weights too: rounded to bfloat16 they would move a log-prob by
+up to 0.1 nats, while rollouts and teacher are scored from float32 logits. Ids whose log-probs the objective
+needs are taken out of the logits before the exponential, so the probability of everything else, the tail, is
+a sum of its own and never 1 − Σ: exact for a tail of 1e-30 as for a label with p = 1 − 1e-12. Row quantities
+are float64, [c, J]. The gradient of the logits has the dtype of the weight.
 
 With z the logits, p_j the probability of named id j, R the rest, p_R its mass, and weights g = ∂ℓ/∂log p:
     G       = Σ_j g_j + g_R
     ∂ℓ/∂z_v = g_R · p_v/p_R − G · p_v                     v in R
     ∂ℓ/∂z_j = −g_j · expm1(log p_j) − (G − g_j) · p_j
-Cost: three GEMMs of 2·n·h·V/TP FLOPs; chunk · V/TP logits of work memory; per chunk one all-gather of
-[c, 2 + J] float64 over TP, and per call one all-gather and one reduce-scatter of the hidden states under
-sequence parallelism, else one all-reduce of their gradient.
+Cost: three GEMMs of 2·n·h·V/TP FLOPs; chunk_tokens · V/TP numbers of the weight's dtype of work memory; per
+block of c rows one all-gather of [c, 2 + J] float64 over TP, and per call one all-gather and one
+reduce-scatter of the hidden states under sequence parallelism, else one all-reduce of their gradient.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -120,10 +122,15 @@ class _Pass:
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, settings: _Settings) -> None:
         self._hidden, self._weight, self._settings = hidden, weight, settings
         self._count = settings.rows.rows.numel()
+        in_place = weight.dtype == torch.float32
+        limit = settings.chunk_tokens if in_place else math.ceil(_ROUNDED_ROWS * settings.chunk_tokens)
         # Chunks of equal size: a thin last one would read the whole weight for a few rows.
-        chunks = max(1, math.ceil(self._count / settings.chunk_tokens))
+        chunks = max(1, math.ceil(self._count / limit))
         self._size = max(1, math.ceil(self._count / chunks))
-        self._logits = weight.new_empty(self._size, weight.size(0))
+        self._block = self._size if in_place else _block_rows(self._size)
+        self._logits = weight.new_empty(self._block, weight.size(0), dtype=torch.float32)
+        kept = self._size if settings.want_gradient else 0
+        self._gradient = self._logits if in_place else weight.new_empty(kept, weight.size(0))
         self.d_hidden: torch.Tensor | None = None
         self.d_weight: torch.Tensor | None = None
         if settings.want_gradient:
@@ -134,44 +141,66 @@ class _Pass:
     def run(self) -> torch.Tensor:
         """All chunks: `TokenValues` as float64 [3, n]."""
         values = torch.empty(3, self._count, dtype=torch.float64, device=self._hidden.device)
-        for start in range(0, self._count, self._size):
-            part = slice(start, min(start + self._size, self._count))
-            values[:, part] = self._chunk(part)
+        for part in _slices(0, self._count, self._size):
+            where = self._settings.rows.rows[part]
+            hidden = self._hidden[where]
+            for block in _slices(part.start, part.stop, self._block):
+                inside = slice(block.start - part.start, block.stop - part.start)
+                values[:, block] = self._logit_gradients(block, hidden[inside], self._gradient[inside])
+            if self.d_hidden is None:
+                continue
+            gradient = self._gradient[: part.stop - part.start]
+            if self.d_weight is not None:
+                _add_product_(self.d_weight, gradient, hidden, keep=part.start > 0)
+            # The copy of the rows has done its work and takes their gradient.
+            self.d_hidden[where] = torch.mm(gradient, self._weight, out=hidden)
         if self.d_weight is not None and not self._count:
             self.d_weight.zero_()
         return values
 
-    def _chunk(self, part: slice) -> torch.Tensor:
-        """`TokenValues` of c rows as float64 [3, c]; leaves their gradients in the buffers."""
-        rows, vocab, weight = self._settings.rows, self._settings.vocab, self._weight
-        where, ids = rows.rows[part], rows.ids[part]
-        hidden = self._hidden[where]
-        logits = _logits_(hidden, weight, self._logits[: part.stop - part.start])
+    def _logit_gradients(self, part: slice, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """`TokenValues` of c rows as float64 [3, c]; leaves the gradient of their logits in `out`."""
+        rows, vocab = self._settings.rows, self._settings.vocab
+        logits = _logits_(hidden, self._weight, self._logits[: part.stop - part.start])
         logits[:, vocab.num_real :] = -torch.inf
-        column, owned = _columns(ids, vocab)
+        column, owned = _columns(rows.ids[part], vocab)
         named = _take_out_(logits, column, owned)
-        top, mass, tilt = _exponentiate_(logits)
-        softmax = _reduce(top, mass, tilt, named, vocab)
+        row_max, sum_exp, weighted_sum = _exponentiate_(logits)
+        softmax = _reduce(row_max, sum_exp, weighted_sum, named, vocab)
         loss, weights = rows.objective(softmax.class_logprobs, part)
-
         if self.d_hidden is not None:
             weights = weights * rows.token_weights[part, None]
-            named_gradient, rest_scale = _logit_gradient(softmax, weights, top, mass)
-            logits.mul_(rest_scale.float()[:, None])
-            logits.scatter_add_(1, column, (named_gradient * owned).to(logits.dtype))
-            if self.d_weight is not None:
-                _add_product_(self.d_weight, logits, hidden, keep=part.start > 0)
-            # The copy of the rows has done its work and takes their gradient.
-            self.d_hidden[where] = torch.mm(logits, weight, out=hidden)
+            named_gradient, tail_scale = _logit_gradient(softmax, weights, row_max, sum_exp)
+            torch.mul(logits, tail_scale.float()[:, None], out=out)
+            out.scatter_add_(1, column, (named_gradient * owned).to(out.dtype))
         return torch.stack([loss, softmax.class_logprobs[:, 0], softmax.entropy])
 
 
+_ROUNDED_ROWS = 0.8
+"""Rows of a chunk per `chunk_tokens` where the gradient is bfloat16. With the float32 logits of an eighth of
+them, 0.8 · (2 + 4/8) bytes, the work memory is that of chunk_tokens rows of bfloat16."""
+
+
+def _block_rows(size: int) -> int:
+    """Rows of a chunk of `size` whose float32 logits exist at a time; a multiple of 64 suits a GEMM."""
+    rows = max(1, size // 8)
+    return rows - rows % 64 if rows > 64 else rows
+
+
+def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
+    for first in range(start, stop, size):
+        yield slice(first, min(first + size, stop))
+
+
 def _logits_(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """out ← hidden · weightᵀ, [c, V/TP]."""
+    """out ← hidden · weightᵀ in float32, [c, V/TP]."""
+    if out.is_cuda and weight.dtype != torch.float32:
+        return torch.ops.aten.mm.dtype_out(hidden, weight.t(), torch.float32, out=out)
     if out.is_cuda:
         return torch.mm(hidden, weight.t(), out=out)
+    hidden = hidden.float()  # the CPU has no bfloat16 product with a float32 result
     for columns, rows in zip(out.split(_COLUMNS, dim=1), weight.split(_COLUMNS), strict=True):
-        torch.mm(hidden, rows.t(), out=columns)
+        torch.mm(hidden, rows.float().t(), out=columns)
     return out
 
 
@@ -197,14 +226,15 @@ def _take_out_(logits: torch.Tensor, column: torch.Tensor, owned: torch.Tensor) 
 
 
 def _exponentiate_(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """z ← exp(z − max z) in place. Returns float64 [c]: max, Σ exp(z − max), Σ exp(z − max)·(z − max)."""
+    """z ← exp(z − row_max) in place. Returns float64 [c]: row_max = max z, sum_exp = Σ exp(z − row_max),
+    weighted_sum = Σ exp(z − row_max) · (z − row_max)."""
     if logits.is_cuda:
         sums = _compiled_exponentiate()(logits)
     else:
         rows = max(1, _CACHED_ELEMENTS // logits.size(1))
         sums = torch.cat([_exponentiate_rows_(block) for block in logits.split(rows)], dim=1)
-    top, mass, tilt = sums.double()
-    return top, mass, tilt
+    row_max, sum_exp, weighted_sum = sums.double()
+    return row_max, sum_exp, weighted_sum
 
 
 _CACHED_ELEMENTS = 1 << 18
@@ -215,15 +245,11 @@ single rows of a large vocabulary would mean many more calls."""
 def _exponentiate_rows_(logits: torch.Tensor) -> torch.Tensor:
     """`_exponentiate_` of some rows with temporaries of their size; float32 [3, rows]."""
     lowest = torch.finfo(torch.float32).min
-    # Clamped, because a shard of nothing but −∞ must give exponentials of 0, and 0 · −∞ a tilt of 0.
-    top = logits.amax(1, keepdim=True).float().clamp(min=lowest)
-    shifted = (logits.float() - top).clamp_(min=lowest)
-    in_place = logits.dtype == torch.float32
-    exponentials = torch.exp(shifted, out=logits) if in_place else shifted.exp()
-    sums = torch.stack([top.squeeze(1), exponentials.sum(1), shifted.mul_(exponentials).sum(1)])
-    if not in_place:
-        logits.copy_(exponentials)
-    return sums
+    # Clamped, because a shard of nothing but −∞ must give exponentials of 0, and 0 · −∞ a sum of 0.
+    row_max = logits.amax(1, keepdim=True).clamp(min=lowest)
+    shifted = (logits - row_max).clamp_(min=lowest)
+    exponentials = torch.exp(shifted, out=logits)
+    return torch.stack([row_max.squeeze(1), exponentials.sum(1), shifted.mul_(exponentials).sum(1)])
 
 
 @functools.cache
@@ -233,42 +259,46 @@ def _compiled_exponentiate() -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 class _Softmax(NamedTuple):
-    class_logprobs: torch.Tensor  # [c, J + 1]
+    class_logprobs: torch.Tensor  # [c, J + 1], named ids and the tail
     lse: torch.Tensor  # [c], log Σ exp over the vocabulary
-    rest_lse: torch.Tensor  # [c], the same without the named ids
+    tail_lse: torch.Tensor  # [c], the same without the named ids
     entropy: torch.Tensor  # [c]
 
 
 def _reduce(
-    top: torch.Tensor, mass: torch.Tensor, tilt: torch.Tensor, named: torch.Tensor, vocab: VocabRange
+    row_max: torch.Tensor,
+    sum_exp: torch.Tensor,
+    weighted_sum: torch.Tensor,
+    named: torch.Tensor,
+    vocab: VocabRange,
 ) -> _Softmax:
     """The softmax over all shards from each one's sums. One all-gather of [c, 2 + J] float64."""
-    local_lse = mass.log() + top
-    mean_logit = torch.where(mass > 0, tilt / mass + top, 0.0)  # of this shard's rest
+    local_lse = sum_exp.log() + row_max
+    mean_logit = torch.where(sum_exp > 0, weighted_sum / sum_exp + row_max, 0.0)  # of this shard's tail
     sums = torch.cat([local_lse[:, None], mean_logit[:, None], named], dim=1)
     shards = sums[None] if vocab.group_size == 1 else _all_gather(sums[None], vocab.group)
-    rest_lse = shards[..., 0].logsumexp(0)
+    tail_lse = shards[..., 0].logsumexp(0)
     named = shards[..., 2:].amax(0)
-    classes = torch.cat([named, rest_lse[:, None]], dim=1)
+    classes = torch.cat([named, tail_lse[:, None]], dim=1)
     lse = classes.logsumexp(1)
     class_logprobs = classes - lse[:, None]
     shard_probability = (shards[..., 0] - lse).exp()
     mean = (shard_probability * shards[..., 1]).sum(0)
     mean += torch.where(named > -torch.inf, class_logprobs[:, :-1].exp() * named, 0.0).sum(1)
-    return _Softmax(class_logprobs, lse, rest_lse, lse - mean)
+    return _Softmax(class_logprobs, lse, tail_lse, lse - mean)
 
 
 def _logit_gradient(
-    softmax: _Softmax, weights: torch.Tensor, top: torch.Tensor, mass: torch.Tensor
+    softmax: _Softmax, weights: torch.Tensor, row_max: torch.Tensor, sum_exp: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradient of the named logits [c, J], and the factor [c] from exp(z − top) to the rest's gradient."""
+    """Gradient of the named logits [c, J], and the factor [c] from exp(z − row_max) to the tail's."""
     total = weights.sum(1)
     g, logprobs = weights[:, :-1], softmax.class_logprobs[:, :-1]
-    # The total without g_j is summed directly: for one id it is the rest's weight, often exactly 0.
+    # The total without g_j is summed directly: for one id it is the tail's weight, often exactly 0.
     others = weights @ (1.0 - torch.eye(weights.size(1), dtype=weights.dtype, device=weights.device))
     named_gradient = -g * logprobs.expm1() - others[:, :-1] * logprobs.exp()
-    rest_scale = weights[:, -1] * (top - softmax.rest_lse).exp() - total * (top - softmax.lse).exp()
-    return named_gradient, torch.where(mass > 0, rest_scale, 0.0)
+    tail_scale = weights[:, -1] * (row_max - softmax.tail_lse).exp() - total * (row_max - softmax.lse).exp()
+    return named_gradient, torch.where(sum_exp > 0, tail_scale, 0.0)
 
 
 def _add_product_(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, keep: bool) -> None:

@@ -19,7 +19,8 @@ def plain_head(
 ) -> tuple[torch.Tensor, TokenValues]:
     """Same contract as `fused_head`, differentiated by autograd; needs Megatron's process groups.
 
-    Keeps one float32 softmax [n, V/TP] per named id. The rest's probability is 1 − Σ, so a tail below 1e-6 is
+    Logits are float32, from a float32 copy of the weight where it is bfloat16. Keeps one float32 softmax
+    [n, V/TP] per named id. The tail's probability is 1 − Σ, so a tail below 1e-6 is
     rounding noise here.
     """
     from megatron.core import tensor_parallel
@@ -28,13 +29,13 @@ def plain_head(
         hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=vocab.group)
     else:
         hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=vocab.group)
-    logits = F.linear(hidden[rows.rows], weight).float()
+    logits = F.linear(hidden[rows.rows].float(), weight.float())
     padding = torch.arange(vocab.shard_size, device=logits.device) >= vocab.num_real
     logits = logits.masked_fill(padding, -torch.inf)
 
     named = torch.stack([_logprobs(logits, ids) for ids in rows.ids.unbind(1)], dim=1).double()
-    rest = (1.0 - named.exp().sum(1, keepdim=True)).clamp(min=1e-12).log()
-    logprobs = torch.cat([named, rest], dim=1)
+    tail = (1.0 - named.exp().sum(1, keepdim=True)).clamp(min=1e-12).log()
+    logprobs = torch.cat([named, tail], dim=1)
     loss, weights = rows.objective(logprobs.detach(), slice(None))
     # A sum with the gradient of the loss and the value of it: the objective itself needs no autograd.
     surrogate = torch.where(weights != 0, weights.detach() * logprobs, 0.0).sum(1)

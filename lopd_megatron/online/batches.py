@@ -10,18 +10,17 @@ older. The loop, the loss and the packing are those of Lightning OPD; only the s
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
 
 import numpy as np
 import torch.distributed as dist
 
-from lopd_megatron.config import LossConfig, RunConfig
+from lopd_megatron.config import RunConfig
 from lopd_megatron.data.build_dataset import Document
 from lopd_megatron.data.in_memory import memory_dataset
 from lopd_megatron.data.loader import StepBatch
@@ -35,13 +34,12 @@ from lopd_megatron.inference.requests import (
     ScoreRequest,
     document_seed,
 )
-from lopd_megatron.loss import finalize_metrics
 from lopd_megatron.model.weights import export_hf
 from lopd_megatron.progress import say
 from lopd_megatron.train.checkpoint_state import parameters_are_current
-from lopd_megatron.train.setup import build_loader, loss_of_run
+from lopd_megatron.train.first_logprobs import own_logprobs
+from lopd_megatron.train.setup import build_loader
 from lopd_megatron.train.state import Hook, StepResult, Trainer
-from lopd_megatron.train.step import pool_metric_sums, run_microbatches
 
 
 class Scorer(Protocol):
@@ -196,13 +194,15 @@ class OnlineRollouts(Hook):
         return documents_of(requests, self._probe, score(student, requests, self._probe, topk=0))
 
     def _difference(self, trainer: Trainer, probe: list[Document]) -> float:
-        """Root mean square of log π_Megatron − log π_vLLM: with the server as teacher it is √(2·k2)."""
-        config = self.config.model_copy(update={"loss": LossConfig(objective="lightning_opd")})
-        loss = loss_of_run(config, trainer.spec, trainer.topology)
-        batch = pack(config, trainer, probe)
-        outputs = run_microbatches(replace(trainer, loss=loss), batch, forward_only=True)
-        metrics = finalize_metrics(pool_metric_sums([output.metric_sums for output in outputs], trainer))
-        return math.sqrt(2 * metrics["k2"])
+        """Root mean square of log π_vLLM − log π_Megatron over the responses, in nats."""
+        texts, stored = [], []
+        for document in probe:
+            prompt = int((document.loss_mask == 0).sum())
+            texts.append((document.tokens[:prompt].tolist(), document.tokens[prompt:].tolist()))
+            assert document.teacher_logprobs is not None  # of the server's student
+            stored.append(document.teacher_logprobs[prompt:])
+        difference = np.concatenate(stored) - np.concatenate(own_logprobs(trainer, texts))
+        return float(np.sqrt(np.square(difference).mean()))
 
     def _note(self, iteration: int, difference: float) -> None:
         line = {"iteration": iteration, "sync_rms_nats": difference, "seconds": self.seconds}

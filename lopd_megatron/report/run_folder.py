@@ -55,6 +55,8 @@ class RunFolder:
     rollouts: ShardFolder | None
     scored: ShardFolder | None
     datasets: list[Manifest]
+    first_logprobs: dict[str, Any]
+    """The trainer's own ones against `rollout_logprobs` before the first step; {}: not compared."""
     metrics: list[dict[str, Any]]
     weights: Lineage | None
     """Of the exported Hugging Face folder."""
@@ -102,6 +104,7 @@ def read_run(folder: Path) -> RunFolder:
         rollouts=_shards(paths.rollouts),
         scored=_shards(paths.scores),
         datasets=[read_manifest(prefix) for prefix in prefixes if manifest_path(prefix).is_file()],
+        first_logprobs=json.loads(paths.first_logprobs.read_text()) if paths.first_logprobs.is_file() else {},
         metrics=[_with_true_names(line) for line in read_metrics(paths.metrics)],
         weights=read_model_lineage(paths.hf) if (paths.hf / LINEAGE_FILE).is_file() else None,
         validations=read_validations(paths.validation),

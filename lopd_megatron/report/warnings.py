@@ -115,6 +115,12 @@ def _training(run: RunFolder) -> Iterator[str]:
     if not run.metrics or run.config is None:
         return
     config, last = run.config, run.metrics[-1]
+    first = run.first_logprobs
+    if first and first["diagnosis"]:
+        yield (
+            f"the trainer's first log-probs differ from rollout_logprobs by {first['root_mean_square']:.2g} "
+            f"nats (root mean square, limit {first['tolerance']:g}): {first['diagnosis']}"
+        )
     if last["iteration"] < config.train.train_iters:
         yield f"training stands at iteration {last['iteration']:,} of {config.train.train_iters:,}"
     for warning in run.warnings:

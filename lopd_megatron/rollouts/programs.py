@@ -9,8 +9,9 @@ from lopd_megatron.config import EngineConfig, RunConfig
 from lopd_megatron.errors import EXIT_DOCUMENTS_FAILED, UserError
 from lopd_megatron.fingerprints import model_fingerprint
 from lopd_megatron.inference.engine import VllmEngine
-from lopd_megatron.inference.requests import Sampling
+from lopd_megatron.inference.requests import Engine, Sampling
 from lopd_megatron.inference.score_paths import choose_path
+from lopd_megatron.inference.sizes import read_shape
 from lopd_megatron.lineage import Lineage, check_consistency, read_model_lineage
 from lopd_megatron.progress import say
 from lopd_megatron.rollouts import shard_files
@@ -18,6 +19,7 @@ from lopd_megatron.rollouts.rollout_stage import RolloutJob, stop_token_ids
 from lopd_megatron.rollouts.score_stage import ScoreJob
 from lopd_megatron.rollouts.share import Share, generator_model
 from lopd_megatron.rollouts.stop_tokens import check_stop_tokens
+from lopd_megatron.rollouts.teacher_proof import is_proved, prove_teacher_column
 from lopd_megatron.rollouts.worker import Stage, Worker
 
 
@@ -72,7 +74,25 @@ def score_with(config: RunConfig, model: str, folder: Path, share: Share) -> int
     lineage.teacher = model_fingerprint(model)
     lineage.scoring = {"topk": scores.topk}
     lineage.parents = [shard_files.content_hash(rollouts)]
+    vocab_size = read_shape(model).vocab_size
+    if scores.topk > vocab_size - 2:
+        raise UserError(
+            f"scores.topk={scores.topk} leaves no token of the {vocab_size} of {model} beside the top-k and "
+            f"the sampled one; set it to at most {vocab_size - 2}"
+        )
     stage = ScoreJob(scores.topk, lineage)
+    num_shards, documents = len(rollouts), config.data.alignment_sample
+
+    def prove(engine: Engine) -> None:
+        prove_teacher_column(
+            engine,
+            folder,
+            num_shards,
+            documents=documents,
+            tolerance=config.data.alignment_tolerance,
+            topk=scores.topk,
+            path=stage.path,
+        )
 
     def open_engine(engine_config: EngineConfig) -> VllmEngine:
         engine = VllmEngine(
@@ -87,7 +107,9 @@ def score_with(config: RunConfig, model: str, folder: Path, share: Share) -> int
         say(f"scoring path: {stage.path}")
         return engine
 
-    return _run(stage, paths.rollouts, folder, len(rollouts), scores.engine, open_engine, share)
+    proved = not documents or share.index > 0 or is_proved(folder, num_shards)
+    last = None if proved else prove
+    return _run(stage, paths.rollouts, folder, num_shards, scores.engine, open_engine, share, last)
 
 
 def _run(
@@ -98,17 +120,23 @@ def _run(
     engine_config: EngineConfig,
     open_engine: Callable[[EngineConfig], VllmEngine],
     share: Share,
+    last: Callable[[Engine], None] | None = None,
 ) -> int:
+    """`last` is done with the open engine when all shards are there."""
     shard_files.refuse_other_lineage(folder, num_shards, stage.lineage, but=["engine"])
     done = shard_files.manifests(folder, num_shards)
-    if len(done) == num_shards:
+    if len(done) == num_shards and last is None:
         say(f"{folder} is complete: {sum(manifest['rows'] for manifest in done)} documents")
         return _exit_code(sum(manifest["failed"] for manifest in done), folder, share)
     say(f"{stage.kind}: starting vLLM")
     engine = open_engine(engine_config)
     worker = Worker(stage, source_folder, folder, num_shards, worker=(share.index, share.count))
     failed = worker.run(engine, engine_config, open_engine)
-    worker.engine.close()
+    try:
+        if last is not None:
+            last(worker.engine)
+    finally:
+        worker.engine.close()
     return _exit_code(failed, folder, share)
 
 

@@ -11,6 +11,7 @@ from lopd_megatron.data.held_out import held_out_prefixes
 from lopd_megatron.data.manifest import Manifest, read_manifest
 from lopd_megatron.data.store import open_dataset
 from lopd_megatron.fingerprints import Fingerprint, model_fingerprint, tokenizer_fingerprint
+from lopd_megatron.hf_folder import vocab_size_of
 from lopd_megatron.lineage import Lineage, check_consistency, read_model_lineage
 
 
@@ -31,11 +32,13 @@ class Inputs:
 def check_inputs(config: RunConfig) -> Inputs:
     """Hold the lineage rules on the student, the teacher and every dataset; one process is enough.
 
-    Every byte of the datasets is hashed, 13 a token: a flipped bit would train on. The first time it reads
+    Every byte of the datasets is hashed, 13 a token: a flipped bit would train on; ids are held against the
+    vocabulary of the student. The first time it reads
     every byte of the student too; those hashes are cached.
     """
+    vocab_size = vocab_size_of(config.model.student)
     for prefix in (*config.dataset_prefixes, *held_out_prefixes(config)):
-        open_dataset([prefix]).verify()
+        open_dataset([prefix]).verify(vocab_size)
     manifests = [read_manifest(prefix) for prefix in config.dataset_prefixes]
     reasons = []
     for prefix, manifest in zip(config.dataset_prefixes, manifests, strict=True):

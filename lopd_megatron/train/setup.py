@@ -261,6 +261,7 @@ def _set_environment(config: RunConfig) -> None:
 def standard_hooks(config: RunConfig) -> list[Hook]:
     """In the order in which they act after a step: what ends the run, what is measured, what is kept."""
     from lopd_megatron.data.held_out import held_out_prefixes
+    from lopd_megatron.train.first_logprobs import FirstLogprobs
     from lopd_megatron.train.hooks import SaveHook, StopHook
     from lopd_megatron.train.log import LogHook
     from lopd_megatron.train.profile import ProfileHook
@@ -273,6 +274,7 @@ def standard_hooks(config: RunConfig) -> list[Hook]:
     validates = config.train.eval_interval > 0 and bool(held_out_prefixes(config))
     trains_on_stored_rollouts = config.needs_teacher and not config.online.enabled
     hooks: list[Hook] = [
+        *([] if config.online.enabled else [FirstLogprobs(config)]),  # servers are compared at every transfer
         warnings,
         WatchHook(warnings),
         *([ValidateHook(config, warnings)] if validates else []),

@@ -181,9 +181,8 @@ def test_the_head_of_a_gpu_in_small(tool: Any, monkeypatch: pytest.MonkeyPatch) 
     assert {"head_ms ours", "head_ms ours_quarter", "head_ms chunk 32", "products_alone_ms"} <= result.keys()
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @torch._dynamo.config.patch(disable=False)  # an engine of another test in this process turns it off
-def test_compiled_functions_are_the_eager_ones(precision: str) -> None:
+def test_compiled_functions_are_the_eager_ones() -> None:
     """What torch.compile makes of them before any kernel is written: one graph, the same writes in place."""
     torch._dynamo.reset()
 
@@ -191,7 +190,7 @@ def test_compiled_functions_are_the_eager_ones(precision: str) -> None:
         return torch.compile(function, dynamic=True, fullgraph=True, backend="aot_eager")
 
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(7, 300, generator=generator).to(getattr(torch, precision))
+    logits = torch.randn(7, 300, generator=generator)
     logits[:, 290:] = -torch.inf
     logits[3] = -torch.inf  # a shard of padding alone
     buffers = [logits.clone(), logits.clone()]

@@ -11,7 +11,7 @@ import torch
 
 from lopd_megatron.config import LossConfig
 from lopd_megatron.loss import Loss, NonFiniteLoss
-from lopd_megatron.loss.fused_head import HeadRows, fused_head
+from lopd_megatron.loss.fused_head import HeadRows, _Pass, _Settings, fused_head
 from lopd_megatron.loss.objectives import TokenLoss
 from lopd_megatron.parallel.vocab import VocabRange
 from lopd_megatron.records import LossOutput, MicroBatch
@@ -257,6 +257,19 @@ def test_bfloat16_inputs_stay_close_to_float32() -> None:
     assert half.numerator.item() == pytest.approx(full.numerator.item(), rel=1e-2)
     for a, b in zip(half_gradients, full_gradients, strict=True):
         assert relative(a, b.double()) < 1e-2
+
+
+@pytest.mark.parametrize("chunk", [64, 100, 1024, 2048, 4096])
+@pytest.mark.parametrize("count", [50, 5000, 16_384])
+def test_float32_logits_take_no_more_memory_than_the_chunk(chunk: int, count: int) -> None:
+    """float32 logits of a block and the bfloat16 gradient of a chunk: at most chunk rows of bfloat16."""
+    rows = torch.zeros(count, dtype=torch.int64)
+    head_rows = HeadRows(rows, rows[:, None], rows.double(), lambda student, part: None)  # type: ignore[arg-type,return-value]
+    vocab = VocabRange.of(2, 2, None)
+    hidden, weight = torch.zeros(1, 1).bfloat16(), torch.zeros(2, 1).bfloat16()
+    work = _Pass(hidden, weight, _Settings(head_rows, vocab, False, chunk, True))
+    taken = sum(buffer.numel() * buffer.element_size() for buffer in (work._logits, work._gradient))
+    assert taken <= 2 * vocab.shard_size * chunk * 1.01  # rows are whole
 
 
 def test_no_gradient_is_formed_without_grad_mode() -> None:

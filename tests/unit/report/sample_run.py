@@ -116,6 +116,8 @@ def _write_signals(run: Paths, rng: np.random.Generator) -> None:
             iteration, Validation(iteration, "k2", values * tokens, tokens, 0.5 * values * tokens).line()
         )
     log.close()
+    first = AlignmentReport(8, 320, 0.01, 0.2, 1e-4, 0.02, 3, 21, 0.015, 0.15, "")
+    write_json(run.first_logprobs, first.as_dict())
     run.measure.mkdir()
     for name, kl, stopped in (("before", 0.32, 30.0), ("after", 0.08, 31.0)):
         sampled = (kl + rng.normal(0, 0.05, 32)) * tokens
@@ -190,7 +192,7 @@ def _write_shards(run: Paths, rows: list[dict[str, Any]], lineage: Lineage) -> N
 
 
 def _proof(samples: list[Sample]) -> AlignmentReport:
-    return AlignmentReport(len(samples), 700, 2.1e-7, 1.4e-6, 3, 21, 4e-7, 1e-3, "")
+    return AlignmentReport(len(samples), 700, 2.1e-7, 1.4e-6, 1e-8, 3e-7, 3, 21, 4e-7, 1e-3, "")
 
 
 def _write_evaluation(path: Path, accuracy: float, rng: np.random.Generator) -> None:

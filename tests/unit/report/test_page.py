@@ -77,6 +77,7 @@ def test_a_whole_run(whole_run: Path) -> None:
     for shown in (
         "12% of the rollouts are truncated",
         "mean |difference| 2.10e-07 nats",
+        "320 tokens, root mean square",
         "48 documents with",
         "52 read, 48 kept",
         "Before training",

@@ -103,6 +103,13 @@ def test_data(run: RunFolder) -> None:
     assert "2 rollouts had log-probs that are not finite" in found
 
 
+def test_first_logprobs_of_another_model(run: RunFolder) -> None:
+    first = {"root_mean_square": 0.4, "tolerance": 0.15, "diagnosis": "another model"}
+    (found,) = findings(dataclasses.replace(quiet(run), first_logprobs=first))
+    assert found.endswith("0.4 nats (root mean square, limit 0.15): another model")
+    assert findings(dataclasses.replace(quiet(run), first_logprobs=first | {"diagnosis": ""})) == []
+
+
 def test_lineage(run: RunFolder) -> None:
     data = run.datasets[0].lineage
     reason = data.model_copy(update={"allow_mismatch": "an experiment"})
