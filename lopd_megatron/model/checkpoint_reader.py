@@ -15,8 +15,10 @@ from pathlib import Path
 import torch
 
 from lopd_megatron.errors import UserError
+from lopd_megatron.model import checkpoint_files
 from lopd_megatron.model.names import Weight
 from lopd_megatron.model.student_spec import StudentSpec
+from lopd_megatron.progress import say
 
 
 class CheckpointTensors:
@@ -99,6 +101,18 @@ def stacked_key(key: str) -> str:
 
 
 def newest_checkpoint(folder: Path) -> Path:
-    """`folder` itself, or the checkpoint that its `latest_checkpointed_iteration.txt` names."""
-    pointer = folder / "latest_checkpointed_iteration.txt"
-    return folder / f"iter_{int(pointer.read_text()):07d}" if pointer.is_file() else folder
+    """`folder` itself where it is a checkpoint, else its newest whole one; every byte is compared with its hash.
+
+    UserError where the named checkpoint is damaged, or where none is whole.
+    """
+    if not (folder / "metadata.json").is_file():
+        return checkpoint_files.newest_undamaged(folder)
+    if (folder / checkpoint_files.DESCRIPTION).is_file():
+        description, problem = checkpoint_files.inspect(folder)
+        problem = problem or checkpoint_files.damage(folder, description)
+        if problem:
+            raise UserError(f"{folder} is torn ({problem}); take another checkpoint, or copy it again")
+        if checkpoint_files.has_hashes(description):
+            return folder
+    say(f"{folder} was written without hashes: its bytes cannot be checked")
+    return folder

@@ -146,7 +146,7 @@ def test_what_is_refused_says_why_on_every_rank(inputs: Path, tmp_path: Path) ->
 
 def torn_and_kept(inputs: str, folder: str) -> None:
     """keep_last, keep_every, and a checkpoint that lost a byte."""
-    from lopd_megatron.train.checkpoint import list_iterations
+    from lopd_megatron.model.checkpoint_files import list_iterations
 
     run_dir = Path(folder) / "torn"
     settings = {

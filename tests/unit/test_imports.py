@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "files", "imports", "progress", "records", "config", "cli"),
+    ("errors", "files", "imports", "progress", "records", "run_lock", "config", "cli"),
     ("fingerprints", "lineage", "refresh"),
     ("loss", "parallel"),
     ("data", "model"),
