@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 85
 """The program saved its state and stopped before it was finished: start the same command again."""
-
+EXIT_INTERRUPTED = 130
+"""Ctrl-C where nothing could be saved, or a second one."""
 
 EXIT_DOCUMENTS_FAILED = 3
 """The stage is finished, but documents were set aside with their errors."""

@@ -55,9 +55,11 @@ class _Lock:
         self.me = {**this_process(), "program": program, "id": uuid.uuid4().hex}
         self.held = False
         self._released = threading.Event()
+        self._new_folders: list[Path] = []
 
     def take(self) -> None:
         with explained(self.path):
+            self._new_folders = [p for p in (self.path.parent, *self.path.parent.parents) if not p.exists()]
             self.path.parent.mkdir(parents=True, exist_ok=True)
             while not self._link():
                 holder = read_holder(self.path)
@@ -73,6 +75,9 @@ class _Lock:
         self._released.set()
         if self.held and (read_holder(self.path) or {}).get("id") == self.me["id"]:
             self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # those that are still empty: nothing was written
+            for folder in self._new_folders:
+                folder.rmdir()
 
     def _link(self) -> bool:
         whole = self.path.with_name(f".{self.path.name}.{self.me['id']}.tmp")
@@ -84,7 +89,9 @@ class _Lock:
         except OSError as error:
             if error.errno not in (errno.ENOTSUP, errno.ENOSYS) or self.path.exists():
                 raise
-            say(f"{self.path.parent}: this file system has no links; do not start a second {self.me['program']}")
+            say(
+                f"{self.path.parent}: this file system has no links; do not start a second {self.me['program']}"
+            )
             return True
         finally:
             whole.unlink(missing_ok=True)
@@ -96,8 +103,7 @@ class _Lock:
         aside = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.tmp")
         with contextlib.suppress(FileNotFoundError):
             os.rename(self.path, aside)
-            found = json.loads(aside.read_text() or "{}")
-            if found != dead:
+            if read_holder(aside) != dead:
                 with contextlib.suppress(FileExistsError):
                     os.link(aside, self.path)
             aside.unlink()
@@ -124,17 +130,33 @@ def this_process() -> dict[str, Any]:
     """What tells this process from every other one, also after a reboot and among containers."""
     return {
         "host": socket.gethostname(),
-        "namespace": os.stat("/proc/self/ns/pid").st_ino if os.path.exists("/proc/self/ns/pid") else 0,
+        "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        "namespace": os.stat("/proc/self/ns/pid").st_ino,
         "pid": os.getpid(),
-        "started": psutil.Process().create_time(),
+        "ticks": start_ticks(os.getpid()),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(psutil.Process().create_time())),
     }
+
+
+def start_ticks(pid: int) -> int | None:
+    """When a process of this host started, in clock ticks since boot; None where it is gone.
+
+    Unlike a time of day it does not move when the clock is set.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
 
 
 def describe(holder: dict[str, Any]) -> str:
     if "pid" not in holder:
         return "an unreadable holder"
-    started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.get("started", 0)))
-    return f"{holder.get('program')} on {holder.get('host')}, process {holder['pid']}, started {started}"
+    return (
+        f"{holder.get('program', 'a program')} on {holder.get('host')}, process {holder['pid']}, "
+        f"started {holder.get('started')}"
+    )
 
 
 def read_holder(path: Path) -> dict[str, Any] | None:
@@ -151,8 +173,8 @@ def read_holder(path: Path) -> dict[str, Any] | None:
 def is_alive(path: Path, holder: dict[str, Any]) -> bool:
     """Whether the holder runs: at once for a process of this host, by its heartbeat elsewhere."""
     me = this_process()
-    if all(holder.get(name) == me[name] for name in ("host", "namespace")):
-        return process_runs(holder["pid"], holder["started"])
+    if all(holder.get(name) == me[name] for name in ("boot", "namespace")):
+        return start_ticks(holder["pid"]) == holder["ticks"]
     say(f"{path} is held by {describe(holder)}: looking for its heartbeat for up to {WATCH_S:.0f} s")
     first = _file_time(path)
     deadline = time.monotonic() + WATCH_S
@@ -164,15 +186,6 @@ def is_alive(path: Path, holder: dict[str, Any]) -> bool:
         if now != first:
             return True
     return False
-
-
-def process_runs(pid: int, started: float) -> bool:
-    """Whether that process of this host runs; another one may have its number by now."""
-    try:
-        process = psutil.Process(pid)
-        return abs(process.create_time() - started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
 
 
 def _file_time(path: Path) -> int | None:

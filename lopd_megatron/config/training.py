@@ -96,6 +96,8 @@ class TrainConfig(Section):
     moe_aux_loss_coeff: float = Field(default=0.0, ge=0)
     exit_duration_in_mins: float | None = Field(default=None, gt=0)
     """Save and stop with the requeue code after this long."""
+    hang_timeout_s: float = Field(default=600, gt=0)
+    """A rank that hangs or is stopped for this long ends the job, with a line that names it."""
     log_interval: int = Field(default=1, ge=1)
     eval_interval: int = Field(default=0, ge=0)
     """Validate on `data.valid_prefixes` every so many iterations; 0: never."""

@@ -1,10 +1,10 @@
 """Which checkpoint of a folder is whole: what was written is known by size and SHA-256, file by file.
 
-    run_dir/checkpoints/
-        iter_0000150/                       one checkpoint; the name appears when it is whole
-            __0_0.distcp … .metadata common.pt metadata.json     Megatron's files
-            checkpoint.json                 iteration, layout, inputs; size and hash of every file, and its own
-        latest_checkpointed_iteration.txt   written last
+run_dir/checkpoints/
+    iter_0000150/                       one checkpoint; the name appears when it is whole
+        __0_0.distcp … .metadata common.pt metadata.json     Megatron's files
+        checkpoint.json                 iteration, layout, inputs; size and hash of every file, and its own
+    latest_checkpointed_iteration.txt   written last
 """
 
 from __future__ import annotations

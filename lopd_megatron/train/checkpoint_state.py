@@ -157,7 +157,9 @@ def _refuse_extra_state(folder: Path, state: dict[str, Any]) -> None:
         if key.endswith("_extra_state") and value is not None:
             size = value.numel() if isinstance(value, torch.Tensor) else len(value.getbuffer())
             if size:
-                raise UserError(f"{folder}: {key} has {size} bytes of FP8 state, which this program never writes")
+                raise UserError(
+                    f"{folder}: {key} has {size} bytes of FP8 state, which this program never writes"
+                )
 
 
 def _apply_settings(trainer: Trainer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -10,10 +11,11 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-from lopd_megatron.errors import EXIT_USER_ERROR, UserError
-from lopd_megatron.train.launch_env import launch_rank
+from lopd_megatron.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from lopd_megatron.train.launch_env import launch_rank, under_torchrun
 
 OTHER_RANKS_WAIT_S = 3.0
+PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 def run_rank(main: Callable[[], int]) -> None:
@@ -24,6 +26,8 @@ def run_rank(main: Callable[[], int]) -> None:
     its traceback. The process leaves without clean-up, which could block on a peer.
     """
     rank = launch_rank()
+    if under_torchrun():
+        die_with_parent()
     # Megatron-Core says on every rank and in many places that optional packages are absent and that it
     # calls deprecated functions of torch; the run's own messages would drown in it.
     warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
@@ -38,6 +42,10 @@ def run_rank(main: Callable[[], int]) -> None:
         print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr)
     except SystemExit as leave:  # argparse: help, or a usage error it has printed
         code = leave.code if isinstance(leave.code, int) else 1
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+        if rank == 0:
+            print("interrupted before training began: nothing was changed", file=sys.stderr)
     except BaseException as error:
         if type(error).__name__ == "OutOfMemoryError":
             print(out_of_memory_message(rank, error), file=sys.stderr)
@@ -46,6 +54,14 @@ def run_rank(main: Callable[[], int]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def die_with_parent() -> None:
+    """SIGKILL for this process when its launcher is gone: without it the ranks of a killed one train on."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    if os.getppid() != parent:  # it died meanwhile
+        os._exit(1)
 
 
 def out_of_memory_message(rank: int, error: BaseException) -> str:

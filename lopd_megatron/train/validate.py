@@ -19,6 +19,8 @@ class ValidateHook(Hook):
     Its pairs join the report of the step as `valid_*`; place it before the hook that logs.
     """
 
+    may_take_long = True
+
     def __init__(self, config: RunConfig) -> None:
         if not config.data.valid_prefixes:
             raise UserError(

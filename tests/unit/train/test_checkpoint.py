@@ -65,7 +65,9 @@ def test_torn_checkpoints_are_skipped_with_a_warning(tmp_path: Path, capsys: pyt
     (paths[3] / DESCRIPTION).unlink()
     (paths[2] / "__0_0.distcp").write_bytes(b"weigh")
     (paths[1] / "__0_0.distcp").unlink()
-    write_json(paths[0] / DESCRIPTION, {"iteration": 1, "files": {"__0_0.distcp": 7}})  # of an earlier version
+    write_json(
+        paths[0] / DESCRIPTION, {"iteration": 1, "files": {"__0_0.distcp": 7}}
+    )  # of an earlier version
     assert found(tmp_path) == 1
     warnings = capsys.readouterr().err
     for problem in ("no readable checkpoint.json", "has 5 bytes instead of 7", "__0_0.distcp is missing"):
@@ -105,7 +107,9 @@ def test_another_model_is_refused_by_name() -> None:
 def test_a_pointer_to_nothing_and_torn_checkpoints_alone_are_errors(tmp_path: Path) -> None:
     paths = [write(tmp_path, iteration) for iteration in (3, 6)]
     (tmp_path / LATEST).write_text("9\n")
-    with pytest.raises(UserError, match=r"names iteration 9, but .*iter_0000009 is gone.*write 6 into the file"):
+    with pytest.raises(
+        UserError, match=r"names iteration 9, but .*iter_0000009 is gone.*write 6 into the file"
+    ):
         newest(tmp_path)
     (tmp_path / LATEST).unlink()
     for path in paths:
@@ -193,7 +197,11 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["os.system", "Metadata.__init__.__globals__", "_StorageInfo.__reduce__"])
 def test_metadata_may_name_torch_s_descriptions_only(name: str) -> None:
-    for module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem", "torch"):
+    for module in (
+        "torch.distributed.checkpoint.metadata",
+        "torch.distributed.checkpoint.filesystem",
+        "torch",
+    ):
         with pytest.raises(pickle.UnpicklingError, match="which no checkpoint needs"):
             safe_pickles.MetadataUnpickler(io.BytesIO()).find_class(module, name)
 
