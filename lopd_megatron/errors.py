@@ -21,9 +21,19 @@ class UserError(Exception):
 
 
 def run_program(main: Callable[[], int | None]) -> None:
-    """Run `main` as a whole program: a `UserError` becomes one line on stderr and exit code 2."""
+    """Run `main` as a whole program: a `UserError` becomes one line on stderr and exit code 2.
+
+    So does what the file system refuses: a full disk, a missing permission.
+    """
     try:
         sys.exit(main() or 0)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        line = str(error)
+    except OSError as error:
+        from lopd_megatron.files import advice
+
+        if (found := advice(error)) is None:
+            raise
+        line = found
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(EXIT_USER_ERROR)

@@ -32,10 +32,17 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in ADVICE:
+        line = advice(error, path)
+        if line is None:
             raise
-        where = error.filename or path
-        raise UserError(f"{where}: {error.strerror}; {ADVICE[error.errno]}") from error
+        raise UserError(line) from error
+
+
+def advice(error: OSError, path: Path | None = None) -> str | None:
+    """One line: the file, what the file system refused, what to do; None where there is no advice."""
+    if error.errno not in ADVICE:
+        return None
+    return f"{error.filename or path or 'writing'}: {error.strerror}; {ADVICE[error.errno]}"
 
 
 def fsync_path(path: Path) -> None:

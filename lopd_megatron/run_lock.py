@@ -90,7 +90,8 @@ class _Lock:
             if error.errno not in (errno.ENOTSUP, errno.ENOSYS) or self.path.exists():
                 raise
             say(
-                f"{self.path.parent}: this file system has no links; do not start a second {self.me['program']}"
+                f"{self.path.parent}: this file system has no links; "
+                f"do not start a second {self.me['program']}"
             )
             return True
         finally:
@@ -121,8 +122,8 @@ class _Lock:
 
     def _refusal(self, holder: dict[str, Any]) -> str:
         return (
-            f"{self.path.parent} is in use by {describe(holder)}; stop it, wait for it, or choose another run_dir"
-            f" (remove {self.path.name} only if that process is gone)."
+            f"{self.path.parent} is in use by {describe(holder)}; stop it, wait for it, or choose another "
+            f"run_dir (remove {self.path.name} only if that process is gone)."
         )
 
 

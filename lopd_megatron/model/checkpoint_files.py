@@ -150,7 +150,8 @@ def read_pointer(folder: Path) -> int | None:
 
 def _gone(folder: Path, limit: int, iterations: list[int]) -> str:
     way_out = (
-        f"to continue from iteration {iterations[-1]}, the newest there is, write {iterations[-1]} into the file"
+        f"to continue from the newest there is, iteration {iterations[-1]}, write {iterations[-1]} into the "
+        "file"
         if iterations
         else f"to start from iteration 1, set another run_dir or remove {folder}"
     )

@@ -101,9 +101,9 @@ def stacked_key(key: str) -> str:
 
 
 def newest_checkpoint(folder: Path) -> Path:
-    """`folder` itself where it is a checkpoint, else its newest whole one; every byte is compared with its hash.
+    """`folder` itself where it is a checkpoint, else its newest whole one.
 
-    UserError where the named checkpoint is damaged, or where none is whole.
+    Every byte is compared with its hash. UserError where the named one is damaged, or where none is whole.
     """
     if not (folder / "metadata.json").is_file():
         return checkpoint_files.newest_undamaged(folder)

@@ -41,8 +41,11 @@ def write_checkpoint(source: WholeTensors, spec: StudentSpec, folder: Path) -> N
         checkpoint_files.seal(temporary, {"iteration": 0})
         os.replace(temporary, folder)
         fsync_path(folder.parent)
-    except BaseException:
+    except BaseException as error:
+        problem = None if isinstance(error, UserError) else checkpoint_files.disk_problem(temporary, error)
         shutil.rmtree(temporary, ignore_errors=True)
+        if problem:
+            raise UserError(problem) from error
         raise
 
 

@@ -77,8 +77,8 @@ def install() -> None:
     """Patch torch once per process."""
     from torch.distributed.checkpoint import default_planner, filesystem
 
-    filesystem.pickle = _Pickle  # type: ignore[attr-defined]
-    default_planner.DefaultLoadPlanner.load_bytes = _load_bytes  # type: ignore[method-assign]
+    filesystem.pickle = _Pickle
+    default_planner.DefaultLoadPlanner.load_bytes = _load_bytes
 
 
 class _Pickle:

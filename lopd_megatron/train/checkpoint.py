@@ -1,7 +1,7 @@
 """Checkpoints in Megatron's `torch_dist` format: written whole or not at all, loaded under any layout.
 
-`model/checkpoint_files.py` has the layout of the folder. `.iter_0000200.*.tmp/` is being written, or is what a
-killed writer left; it is never read.
+`model/checkpoint_files.py` has the layout of the folder. `.iter_0000200.*.tmp/` is being written, or is what
+a killed writer left; it is never read.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import UserError
@@ -101,7 +102,7 @@ class Checkpoints:
         except UserError:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # torch derives it from BaseException
             problem = checkpoint_files.disk_problem(temporary, error)
             shutil.rmtree(temporary, ignore_errors=True)
             if problem is None:

@@ -102,7 +102,7 @@ def read(trainer: Trainer, folder: Path, description: dict[str, Any]) -> None:
         _apply_settings(trainer)
     else:
         trainer.optimizer.reload_model_params()
-    # The schedule goes by iteration. It counts in sequences of this run's batch size, which may be another one.
+    # The schedule goes by iteration, counted in sequences of this run's batch size; that may have changed.
     trainer.scheduler.step(increment=state["iteration"] * trainer.config.train.global_batch_size)
     if "rng_state" in state:
         _set_rng_state(state["rng_state"])
@@ -134,8 +134,9 @@ def changed_settings(stored: dict[str, Any], current: dict[str, Any], iteration:
                 continue
             if (section, name) == ("train", "seed"):
                 raise UserError(
-                    f"train.seed={now}, but the checkpoint of iteration {iteration} was trained with {before}: "
-                    f"the rest of the epoch would be shuffled otherwise; set train.seed={before}, or another run_dir"
+                    f"train.seed={now}, but the checkpoint of iteration {iteration} was trained with "
+                    f"{before}: the rest of the epoch would be shuffled otherwise; set train.seed={before}, "
+                    "or another run_dir"
                 )
             lines.append(f"changed from iteration {iteration + 1} on: {section}.{name} {before} -> {now}")
             if (section, name) == ("train", "global_batch_size"):
@@ -152,7 +153,7 @@ def _cannot_load(folder: Path, error: Exception) -> str:
 
 
 def _refuse_extra_state(folder: Path, state: dict[str, Any]) -> None:
-    """Transformer Engine unpickles an `_extra_state` that is not empty; only FP8 runs have one, ours do not."""
+    """Transformer Engine unpickles an `_extra_state` that is not empty, as only FP8 runs have one."""
     for key, value in state.items():
         if key.endswith("_extra_state") and value is not None:
             size = value.numel() if isinstance(value, torch.Tensor) else len(value.getbuffer())

@@ -53,10 +53,12 @@ def _run(
     trainer.hooks += standard_hooks(config)
     dist.broadcast_object_list(inputs, src=0)
     trainer.checkpoints.inputs = inputs[0]
-    trainer.checkpoints.load_latest(trainer)
+    resumed = trainer.checkpoints.load_latest(trainer)
     watchdog.enter("starting", trainer.iteration, limited=False)
     if trainer.topology.rank == 0:
         config.dump(config.paths.config)
+        if not resumed and config.paths.metrics.exists():
+            say(f"no checkpoint in {config.paths.checkpoints}: starting at iteration 1, with new metrics")
         if trainer.is_done:
             say(f"already done: {trainer.iteration} of {config.train.train_iters} iterations")
     if not trainer.is_done:

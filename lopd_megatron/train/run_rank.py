@@ -10,8 +10,10 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 from lopd_megatron.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from lopd_megatron.files import explained
 from lopd_megatron.train.launch_env import launch_rank, under_torchrun
 
 OTHER_RANKS_WAIT_S = 3.0
@@ -33,7 +35,8 @@ def run_rank(main: Callable[[], int]) -> None:
     warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
     code = 1
     try:
-        code = main()
+        with explained(Path.cwd()):
+            code = main()
     except UserError as error:
         code = EXIT_USER_ERROR
         if rank:

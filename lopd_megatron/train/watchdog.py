@@ -28,6 +28,7 @@ from types import FrameType
 from typing import Any
 
 from lopd_megatron.errors import EXIT_FAILURE
+from lopd_megatron.files import explained
 from lopd_megatron.run_lock import start_ticks, this_process
 
 MAX_BEAT_S = 10.0
@@ -71,7 +72,8 @@ class Watchdog:
         self._identity = this_process()
         self._stopped = threading.Event()
         if rank == 0:  # the others wait for the folder: rank 0 may refuse the run, and then nothing is left
-            folder.mkdir(parents=True, exist_ok=True)
+            with explained(folder):
+                folder.mkdir(parents=True, exist_ok=True)
             for left in folder.glob("*.json"):  # by an earlier run
                 left.unlink(missing_ok=True)
         self._thread = threading.Thread(target=self._run, daemon=True, name="watchdog")
@@ -226,8 +228,8 @@ def alarm_line(ranks: list[int], records: list[dict[str, Any]], what: str, timeo
     )
     more = f" and {len(others) - 8} more" if len(others) > 8 else ""
     return (
-        f"{names} on {first.get('host')} {what} (iteration {first.get('iteration')}, {first.get('phase')}, in "
-        f"{first.get('where')}); {waiting + more if waiting else 'no rank goes on'}. train.hang_timeout_s="
+        f"{names} on {first.get('host')} {what} (iteration {first.get('iteration')}, {first.get('phase')}, "
+        f"in {first.get('where')}); {waiting + more if waiting else 'no rank goes on'}. train.hang_timeout_s="
         f"{timeout_s:g}: raise it if this is slow and not hung; the last checkpoint is good"
     )
 

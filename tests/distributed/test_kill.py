@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from lopd_megatron.parallel import topology as grid
 from lopd_megatron.model.checkpoint_files import newest
+from lopd_megatron.parallel import topology as grid
 from tests.distributed.tiny_run import state_hash, tiny_config, tiny_trainer, write_inputs
 from tests.distributed.world import RankError, run_world
 

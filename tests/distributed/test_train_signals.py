@@ -1,4 +1,4 @@
-"""The training program under its launchers: Ctrl-C, SIGTERM, a killed launcher, a second writer, a full disk."""
+"""The training program and its launchers: Ctrl-C, SIGTERM, a killed launcher, two writers, a full disk."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ class Job:
     def wait_for(self, text: str, seconds: float = 120) -> Job:
         deadline = time.monotonic() + seconds
         while text not in self.log.read_text():
-            assert time.monotonic() < deadline and self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            assert self.process.poll() is None, self.log.read_text()
             time.sleep(0.05)
         return self
 

@@ -36,9 +36,9 @@ def test_a_second_writer_is_refused_by_name_and_a_killed_one_is_not_waited_for(p
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
     start = time.monotonic()
-    with pytest.raises(UserError, match=rf"in use by training on \S+, process {holder.pid}, started 20"):
-        with run_lock(path, "training"):
-            pass
+    named = rf"in use by training on \S+, process {holder.pid}, started 20"
+    with pytest.raises(UserError, match=named), run_lock(path, "training"):
+        pass
     holder.kill()
     holder.wait()
     with run_lock(path, "training"):
