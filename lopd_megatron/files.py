@@ -20,6 +20,7 @@ ADVICE = {
     errno.EROFS: "the file system is read-only: set another run_dir or folder",
     errno.EACCES: "you do not have the permission: change it, or set another run_dir or folder",
     errno.EPERM: "you do not have the permission: change it, or set another run_dir or folder",
+    errno.EEXIST: "a file has the name of a folder that is needed: set another run_dir or folder",
     errno.ENOTDIR: "a file has the name of a folder that is needed: set another run_dir or folder",
     errno.EISDIR: "a folder has the name of a file that is needed: set another run_dir or folder",
 }

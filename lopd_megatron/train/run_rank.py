@@ -6,17 +6,19 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from lopd_megatron.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from lopd_megatron.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from lopd_megatron.files import explained
 from lopd_megatron.train.launch_env import launch_rank, under_torchrun
 
 OTHER_RANKS_WAIT_S = 3.0
+ORPHAN_S = 30.0
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
@@ -29,7 +31,7 @@ def run_rank(main: Callable[[], int]) -> None:
     """
     rank = launch_rank()
     if under_torchrun():
-        die_with_parent()
+        end_with_launcher()
     # Megatron-Core says on every rank and in many places that optional packages are absent and that it
     # calls deprecated functions of torch; the run's own messages would drown in it.
     warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
@@ -59,12 +61,18 @@ def run_rank(main: Callable[[], int]) -> None:
     os._exit(code)
 
 
-def die_with_parent() -> None:
-    """SIGKILL for this process when its launcher is gone: without it the ranks of a killed one train on."""
+def end_with_launcher() -> None:
+    """Without its launcher a rank saves and stops as after SIGTERM; after `ORPHAN_S` it is gone."""
     parent = os.getppid()
-    ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
-    if os.getppid() != parent:  # it died meanwhile
-        os._exit(1)
+    ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        time.sleep(ORPHAN_S)
+        os._exit(EXIT_FAILURE)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def out_of_memory_message(rank: int, error: BaseException) -> str:
