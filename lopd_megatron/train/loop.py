@@ -78,10 +78,12 @@ def train(trainer: Trainer) -> None:
     while not trainer.is_done and not trainer.stop_reason:
         start = time.perf_counter()
         iteration = trainer.iteration + 1
-        # A live server has its own patience; the first step may compile.
-        watchdog.enter("reading the batch", iteration, limited=not trainer.config.online.enabled)
+        # The first step may compile; a live server has its own patience.
+        is_first = trainer.iteration == first
+        limited = not is_first and not trainer.config.online.enabled
+        watchdog.enter("reading the batch", iteration, limited=limited)
         batch = trainer.batches.step(trainer.consumed_train_samples)
-        watchdog.enter("in the step", iteration, limited=trainer.iteration > first)
+        watchdog.enter("in the step", iteration, limited=not is_first)
         result = train_step(trainer, batch)
         result.seconds = time.perf_counter() - start  # what a user waits for: reading the batch included
         trainer.iteration += 1

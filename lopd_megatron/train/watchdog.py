@@ -33,6 +33,7 @@ from lopd_megatron.run_lock import start_ticks, this_process
 
 MAX_BEAT_S = 10.0
 ALARM = "alarm.json"
+MAX_NAMED = 8
 RECORD_BYTES = 1024
 """Records have one size and are rewritten in place: that works on a full disk."""
 
@@ -213,24 +214,21 @@ class Silence:
 
 
 def alarm_line(ranks: list[int], records: list[dict[str, Any]], what: str, timeout_s: float) -> str:
-    """Rank, host, iteration and phase of who hangs, and what each other rank waits in."""
+    """Rank, host, iteration and phase of who hangs, and where every other rank is."""
     by_rank = {record["rank"]: record for record in records if record}
     first = by_rank.get(ranks[0], {})
-    names = (
-        "rank " + ", ".join(map(str, ranks))
-        if len(by_rank) < 2 or len(ranks) < len(by_rank)
-        else "every rank"
-    )
-    others = [record for rank, record in sorted(by_rank.items()) if rank not in ranks]
-    waiting = "; ".join(
-        f"rank {record['rank']} is {record['phase']} of iteration {record['iteration']} in {record['where']}"
-        for record in others[:8]
-    )
-    more = f" and {len(others) - 8} more" if len(others) > 8 else ""
+    others = [record for rank, record in sorted(by_rank.items()) if rank != ranks[0]]
+    places = [
+        f"rank {record['rank']} is {record['phase']} of iteration {record['iteration']}, {record['where']}"
+        for record in others[:MAX_NAMED]
+    ]
+    places += [f"{len(others) - MAX_NAMED} more"] if len(others) > MAX_NAMED else []
     return (
-        f"{names} on {first.get('host')} {what} (iteration {first.get('iteration')}, {first.get('phase')}, "
-        f"in {first.get('where')}); {waiting + more if waiting else 'no rank goes on'}. train.hang_timeout_s="
-        f"{timeout_s:g}: raise it if this is slow and not hung; the last checkpoint is good"
+        f"rank {', '.join(map(str, ranks[:MAX_NAMED]))} on {first.get('host')} {what} (iteration "
+        f"{first.get('iteration')}, {first.get('phase')}, {first.get('where')}); "
+        + "".join(f"{place}; " for place in places)
+        + f"train.hang_timeout_s={timeout_s:g}: raise it if this is slow and not hung; the last checkpoint "
+        "is good"
     )
 
 
