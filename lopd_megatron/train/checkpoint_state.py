@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import multiprocessing
-import os
 import pickle
 import random
 import re
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +17,6 @@ from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
 )
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
@@ -30,9 +24,9 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lopd_megatron.errors import UserError
-from lopd_megatron.model.checkpoint_files import HashingFile
 from lopd_megatron.parallel.safe_pickles import REFUSED
 from lopd_megatron.progress import say
+from lopd_megatron.train import checkpoint_writers
 from lopd_megatron.train.state import Hook, Trainer
 
 CONTENT = {
@@ -57,7 +51,7 @@ def layout(trainer: Trainer) -> dict[str, Any]:
 
 def write(trainer: Trainer, folder: Path, description: dict[str, Any], *, async_save: bool) -> Any:
     """Save into an empty folder. Returns Megatron's AsyncRequest to schedule when `async_save`, else None."""
-    _prepare_results_queue()
+    checkpoint_writers.prepare()
     parameters_are_current(trainer)
     strategy = get_default_save_sharded_strategy("torch_dist", 1)
     if trainer.topology.dp_cp_group.size() > 1:  # every replica writes a part instead of the first one all
@@ -269,32 +263,3 @@ def _set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state(state["cuda"])
     tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
-
-
-@functools.cache
-def _prepare_results_queue() -> None:
-    """Give Megatron's writer its queue from a forked manager process.
-
-    Megatron would spawn one, which imports the main module again: seconds, and a hang where that module is a
-    script without a main guard. The manager ends when this process does, even by kill −9.
-    """
-    from multiprocessing.managers import SyncManager
-
-    if not filesystem_async.HAVE_PSUTIL:
-        raise UserError(
-            "psutil is not installed, and Megatron-Core's checkpoint writer would hang; install it"
-        )
-    # Hashing goes on while the files are written, in the processes that write them.
-    filesystem_async.open = HashingFile
-    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-    manager.start(initializer=_end_with, initargs=(os.getpid(),))
-    filesystem_async._results_queue = manager.Queue()
-
-
-def _end_with(parent: int) -> None:
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(0)
-
-    threading.Thread(target=watch, daemon=True).start()
