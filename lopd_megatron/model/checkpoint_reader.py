@@ -55,8 +55,8 @@ class CheckpointTensors:
             if weight.vocabulary and tensor[self._spec.vocab_size :].any():
                 raise UserError(
                     f"checkpoint {self._folder}: {weight.name} has {len(tensor)} rows; those after "
-                    f"vocab_size={self._spec.vocab_size} of the configuration are no padding; give the folder "
-                    "of the model that was trained"
+                    f"vocab_size={self._spec.vocab_size} of the configuration are no padding; give the "
+                    "folder of the model that was trained"
                 )
             return tensor
         # Finding one slice among the chunks of a stacked key costs as much as finding a layer of them.
