@@ -178,6 +178,8 @@ class Watchdog:
                 handle.write(json.dumps(alarm))
         except FileExistsError:
             self._leave(read_record(self.folder / ALARM), first=False)
+        except OSError:  # a full disk: the launcher ends the others when this rank leaves
+            pass
         print(f"error: {alarm['line']}", file=sys.stderr, flush=True)
         self._leave(alarm, first=True)
 
