@@ -6,10 +6,12 @@ import os
 import sys
 from collections.abc import Callable
 
+EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 85
 """The program saved its state and stopped before it was finished: start the same command again."""
-
+EXIT_INTERRUPTED = 130
+"""Ctrl-C where nothing could be saved, or a second one."""
 
 EXIT_DOCUMENTS_FAILED = 3
 """The stage is finished, but documents were set aside with their errors."""
@@ -22,18 +24,29 @@ class UserError(Exception):
 def run_program(main: Callable[[], int | None]) -> None:
     """Run `main` as a whole program: a `UserError` becomes one line on stderr and exit code 2.
 
-    A reader that closes the pipe, such as `head`, ends the program without a traceback.
+    So does what the file system refuses: a full disk, a missing permission. A reader that closes the pipe, as
+    `head` does, ends the program without a traceback.
     """
     try:
         code = main() or 0
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = EXIT_USER_ERROR
+        code = _refused(str(error))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit would raise again
         code = 0
+    except OSError as error:
+        from lopd_megatron.files import advice
+
+        if (found := advice(error)) is None:
+            raise
+        code = _refused(found)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def _refused(line: str) -> int:
+    print(f"error: {line}", file=sys.stderr)
+    return EXIT_USER_ERROR

@@ -131,6 +131,8 @@ class TrainConfig(Section):
     """Weight of the load-balancing loss of mixtures; 0: none."""
     exit_duration_in_mins: float | None = Field(default=None, gt=0)
     """Save and stop with the requeue code after this long."""
+    hang_timeout_s: float = Field(default=600, gt=0)
+    """A rank that hangs or is stopped for this long ends the job, with a line that names it."""
     log_interval: int = Field(default=1, ge=1)
     """Iterations between two lines of the log."""
     eval_interval: int = Field(default=10, ge=0)

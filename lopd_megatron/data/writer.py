@@ -14,7 +14,6 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -25,7 +24,7 @@ from lopd_megatron.data.alignment import Sample
 from lopd_megatron.data.column_files import checked_cast, open_column, write_index
 from lopd_megatron.data.manifest import FileEntry, Manifest, building_folder, manifest_path, read_manifest
 from lopd_megatron.errors import UserError
-from lopd_megatron.files import fsync_path, sha256_file, write_json
+from lopd_megatron.files import explained, fsync_path, sha256_file, write_json
 from lopd_megatron.lineage import Lineage
 from lopd_megatron.progress import say
 from lopd_megatron.records import COLUMNS, SCHEMA_VERSION
@@ -303,24 +302,3 @@ def length_histogram(lengths: np.ndarray) -> dict[str, list[int]]:
     edges = np.arange(0, 65) * step
     counts = np.bincount(lengths // step, minlength=64)
     return {"edges": edges.tolist(), "counts": counts.tolist()}
-
-
-@contextlib.contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turn what the file system refuses into one line for the user."""
-    try:
-        yield
-    except OSError as error:
-        where = error.filename or path
-        fixes = {
-            errno.ENOSPC: "free space on the disk and start the same command again; what is done is kept",
-            errno.EDQUOT: "free some of your quota and start the same command again; what is done is kept",
-            errno.EFBIG: "raise the limit on file sizes (ulimit -f) and start the same command again",
-            errno.EROFS: "the file system is read-only: set another run_dir",
-            errno.EACCES: "you may not write there: set another run_dir",
-            errno.EPERM: "you may not write there: set another run_dir",
-            errno.ENOTDIR: "a file stands where a folder is needed: set another run_dir",
-        }
-        if error.errno not in fixes:
-            raise
-        raise UserError(f"{where}: {error.strerror}; {fixes[error.errno]}") from error

@@ -43,6 +43,7 @@ class EffOPDHook:
     """
 
     name = "effopd"
+    may_take_long = True
 
     def __init__(self, config: EffOPDConfig, score: Callable[[Any], Score | None]) -> None:
         self._config = config

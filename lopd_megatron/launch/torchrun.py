@@ -6,6 +6,7 @@ Differences to plain `torchrun`, each needed by a job that stops and comes back:
   failure 1, so "saved, start me again" (`errors.EXIT_REQUEUE`) cannot be told from "broken".
 * SIGTERM and SIGUSR1 are passed on to the workers, which save and stop in their own time. torchrun kills its
   workers 30 s after SIGTERM, and dies of SIGUSR1.
+* So does the first Ctrl-C (as SIGTERM: the terminal sends the workers a SIGINT too). The second kills them.
 * The rank of this node comes from Slurm; the meeting point from `PET_MASTER_ADDR` and `PET_MASTER_PORT`.
 """
 
@@ -20,7 +21,7 @@ from types import FrameType
 
 import psutil
 
-from lopd_megatron.errors import EXIT_REQUEUE
+from lopd_megatron.errors import EXIT_INTERRUPTED, EXIT_REQUEUE
 from lopd_megatron.imports import quick_imports
 
 SETTLE_S = 5.0
@@ -34,10 +35,23 @@ def pass_on(signum: int, frame: FrameType | None = None) -> None:
         worker.send_signal(signum)
 
 
+def on_interrupt(signum: int, frame: FrameType | None = None) -> None:
+    """Ctrl-C: once to save and stop, twice to stop."""
+    signal.signal(signal.SIGINT, on_second_interrupt)
+    pass_on(signal.SIGTERM)
+
+
+def on_second_interrupt(signum: int, frame: FrameType | None = None) -> None:
+    pass_on(signal.SIGKILL)
+    os._exit(EXIT_INTERRUPTED)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the workers until all have ended. Returns 0, or the exit code of the first that failed."""
     for signum in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, pass_on)
+    signal.signal(signal.SIGINT, on_interrupt)
+    os.environ["LOPD_TORCHRUN"] = "1"  # tells the workers that a signal leaves them time
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, with five lines of warning
     if "SLURM_NODEID" in os.environ:
         os.environ.setdefault("PET_NODE_RANK", os.environ["SLURM_NODEID"])
@@ -47,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from torch.distributed.run import parse_args, run
 
     options = parse_args(argv)
-    options.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
+    options.signals_to_handle = "SIGHUP,SIGQUIT"
     try:
         run(options)
     except ChildFailedError as error:

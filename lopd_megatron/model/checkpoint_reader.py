@@ -15,8 +15,10 @@ from pathlib import Path
 import torch
 
 from lopd_megatron.errors import UserError
-from lopd_megatron.model.names import Weight
+from lopd_megatron.model import checkpoint_files
+from lopd_megatron.model.names import Weight, weight_table
 from lopd_megatron.model.student_spec import StudentSpec
+from lopd_megatron.progress import say
 
 
 class CheckpointTensors:
@@ -35,6 +37,7 @@ class CheckpointTensors:
             for key, tensor in metadata.items()
             if not key.startswith("optimizer.")
         }
+        self._check_shapes()
         # The experts of the layer being read, by their layout: both projections alternate.
         self._experts: dict[str, tuple[tuple, torch.Tensor]] = {}
         dtypes = {metadata[key].dtype for key in self._shapes}
@@ -48,13 +51,43 @@ class CheckpointTensors:
         """One whole tensor on the CPU; experts are read a layer at a time."""
         key, index = self._locate(weight)
         if not weight.expert:
-            return self._load(key, index)
+            tensor = self._load(key, index)
+            if weight.vocabulary and tensor[self._spec.vocab_size :].any():
+                raise UserError(
+                    f"checkpoint {self._folder}: {weight.name} has {len(tensor)} rows; those after "
+                    f"vocab_size={self._spec.vocab_size} of the configuration are no padding; give the "
+                    "folder of the model that was trained"
+                )
+            return tensor
         # Finding one slice among the chunks of a stacked key costs as much as finding a layer of them.
         *layer, expert = index
         place = (key, *layer)
         if self._experts.get(weight.layout, (None,))[0] != place:
             self._experts[weight.layout] = (place, self._load(key, tuple(layer)))
         return self._experts[weight.layout][1][expert]
+
+    def _check_shapes(self) -> None:
+        """A UserError where the configuration is not that of the checkpoint: parts would be lost."""
+        layers: dict[str, int] = {}
+        for key, shape in self._shapes.items():
+            if key.startswith("decoder.layers.") and not key.endswith("_extra_state"):
+                match = re.match(r"decoder\.layers\.(\d+)\.", key)
+                count = int(match[1]) + 1 if match else shape[0]
+                layers[key] = count
+        found = max(layers.values(), default=0)
+        if found != self._spec.num_layers:
+            raise UserError(
+                f"checkpoint {self._folder} has {found} layers, the configuration {self._spec.num_layers}; "
+                "give the folder of the model that was trained"
+            )
+        for weight in weight_table(self._spec).values():
+            shape, expected = self.shape(weight), expected_shape(weight, self._spec)
+            rows_fit = shape[0] >= expected[0] if weight.vocabulary else shape[0] == expected[0]
+            if len(shape) != len(expected) or not rows_fit or shape[1:] != expected[1:]:
+                raise UserError(
+                    f"checkpoint {self._folder}: {weight.name} has shape {list(shape)}, the configuration "
+                    f"needs {list(expected)}; give the folder of the model that was trained"
+                )
 
     def _load(self, key: str, index: tuple[int, ...]) -> torch.Tensor:
         """What a key holds at a position in its leading dimensions."""
@@ -81,6 +114,28 @@ class CheckpointTensors:
         raise UserError(f"checkpoint {self._folder} has no {key}; it was written for another model")
 
 
+def expected_shape(weight: Weight, spec: StudentSpec) -> tuple[int, ...]:
+    """Of the whole Megatron tensor by the configuration; a vocabulary not yet padded."""
+    config = spec.transformer_config
+    hidden, head = config.hidden_size, config.kv_channels
+    ffn = config.moe_ffn_hidden_size if weight.expert else config.ffn_hidden_size
+    heads, groups = config.num_attention_heads, config.num_query_groups
+    qkv = (heads + 2 * groups) * head
+    shapes = {
+        "linear_proj.weight": (hidden, heads * head),
+        "linear_qkv.weight": (qkv, hidden),
+        "linear_qkv.bias": (qkv,),
+        "q_layernorm.weight": (head,),
+        "k_layernorm.weight": (head,),
+        "router.weight": (spec.num_experts, hidden),
+        "linear_fc1.weight": (2 * ffn, hidden),
+        "linear_fc2.weight": (hidden, ffn),
+        "word_embeddings.weight": (spec.vocab_size, hidden),
+        "output_layer.weight": (spec.vocab_size, hidden),
+    }
+    return next((shape for end, shape in shapes.items() if weight.name.endswith(end)), (hidden,))
+
+
 def disk_key(name: str, moe_layers: list[bool]) -> tuple[str, int | None, int | None]:
     """Table name → (key with its layer number, layer, expert)."""
     match = re.match(r"decoder\.layers\.(\d+)\.", name)
@@ -99,6 +154,18 @@ def stacked_key(key: str) -> str:
 
 
 def newest_checkpoint(folder: Path) -> Path:
-    """`folder` itself, or the checkpoint that its `latest_checkpointed_iteration.txt` names."""
-    pointer = folder / "latest_checkpointed_iteration.txt"
-    return folder / f"iter_{int(pointer.read_text()):07d}" if pointer.is_file() else folder
+    """`folder` itself where it is a checkpoint, else its newest whole one.
+
+    Every byte is compared with its hash. UserError where the named one is damaged, or where none is whole.
+    """
+    if not (folder / "metadata.json").is_file():
+        return checkpoint_files.newest_undamaged(folder)
+    if (folder / checkpoint_files.DESCRIPTION).is_file():
+        description, problem = checkpoint_files.inspect(folder)
+        problem = problem or checkpoint_files.damage(folder, description)
+        if problem:
+            raise UserError(f"{folder} is torn ({problem}); take another checkpoint, or copy it again")
+        if checkpoint_files.has_hashes(description):
+            return folder
+    say(f"{folder} was written without hashes: its bytes cannot be checked")
+    return folder

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 
 from lopd_megatron.errors import UserError
 from lopd_megatron.files import fsync_path
+from lopd_megatron.model import checkpoint_files
 from lopd_megatron.model.checkpoint_reader import disk_key, stacked_key
 from lopd_megatron.model.export import WholeTensors
 from lopd_megatron.model.names import Weight, weight_table
@@ -37,12 +38,14 @@ def write_checkpoint(source: WholeTensors, spec: StudentSpec, folder: Path) -> N
         dcp.save({}, storage_writer=writer, planner=_StreamingPlanner(source, spec), no_dist=True)
         torch.save({"iteration": 0}, temporary / "common.pt")
         save_config(CheckpointingConfig("torch_dist", 1), str(temporary))
-        for file in temporary.iterdir():
-            fsync_path(file)
+        checkpoint_files.seal(temporary, {"iteration": 0})
         os.replace(temporary, folder)
         fsync_path(folder.parent)
-    except BaseException:
+    except BaseException as error:
+        problem = None if isinstance(error, UserError) else checkpoint_files.disk_problem(temporary, error)
         shutil.rmtree(temporary, ignore_errors=True)
+        if problem:
+            raise UserError(problem) from error
         raise
 
 

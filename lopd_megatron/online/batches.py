@@ -78,6 +78,8 @@ class OnlineRollouts(Hook):
     `online.sync_documents`.
     """
 
+    may_take_long = True  # a server has its own patience
+
     def __init__(
         self,
         config: RunConfig,

@@ -17,7 +17,8 @@ def prepare_megatron() -> None:
     Patches the process; a second call does nothing.
     """
     with quick_imports():
-        from lopd_megatron.parallel import cpu, fixes
+        from lopd_megatron.parallel import cpu, fixes, safe_pickles
 
         cpu.install()
         fixes.install()
+        safe_pickles.install()

@@ -74,3 +74,10 @@ def write_results_queue() -> Any:
     if megatron_version() == "0.16":
         return filesystem_async._get_write_results_queue()
     return filesystem_async.get_write_results_queue()
+
+
+def writer_function() -> str:
+    """Name of the function that writes the files of a rank: in processes in 0.16, in threads in 0.19."""
+    if megatron_version() == "0.16":
+        return "write_preloaded_data_multiproc"
+    return "write_preloaded_data_multithread"

@@ -1,38 +1,32 @@
 """Checkpoints in Megatron's `torch_dist` format: written whole or not at all, loaded under any layout.
 
-    run_dir/checkpoints/
-        iter_0000150/                       one checkpoint; the name appears when it is whole
-            __0_0.distcp … .metadata common.pt metadata.json     Megatron's files
-            checkpoint.json                 iteration, layout, inputs, and the size of every file
-        latest_checkpointed_iteration.txt   written last
-        .iter_0000200.*.tmp/                being written, or what a killed writer left; never read
-
-Only load checkpoints that you wrote: Megatron reads parts of them with pickle.
+`model/checkpoint_files.py` has the layout of the folder. `.iter_0000200.*.tmp/` is being written, or is what
+a killed writer left; it is never read.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import UserError
-from lopd_megatron.files import atomic_path, fsync_path, write_json
+from lopd_megatron.files import atomic_path, explained, fsync_path
 from lopd_megatron.fingerprints import Fingerprint
+from lopd_megatron.model import checkpoint_files
+from lopd_megatron.model.checkpoint_files import LATEST, iteration_name, list_iterations
 from lopd_megatron.parallel.topology import Topology
 from lopd_megatron.progress import say
 from lopd_megatron.train import checkpoint_state
 from lopd_megatron.train.state import Trainer
-
-DESCRIPTION = "checkpoint.json"
-LATEST = "latest_checkpointed_iteration.txt"
 
 
 class Checkpoints:
@@ -46,6 +40,7 @@ class Checkpoints:
         """`Inputs.describe()`: `load` refuses a checkpoint of another model or dataset."""
         # The persistent writer divides by the number of GPUs and copies CPU tensors through shared memory.
         self._queue = AsyncCallsQueue(persistent=False)
+        self._being_written = self.folder
 
     def save(self, trainer: Trainer) -> None:
         """Write the state after `trainer.iteration`; with async_save the files appear while training goes on.
@@ -61,47 +56,71 @@ class Checkpoints:
             "layout": checkpoint_state.layout(trainer),
             **self.inputs,
         }
-        request = checkpoint_state.write(trainer, temporary, description, async_save=self.settings.async_save)
         publish = self._publisher(temporary, description)
-        if request is None:
-            publish()
-        else:
-            request.add_finalize_fn(publish)
-            self._queue.schedule_async_request(request)
+        with self._one_line(temporary):
+            request = checkpoint_state.write(
+                trainer, temporary, description, async_save=self.settings.async_save
+            )
+            if request is None:
+                publish()
+            else:
+                request.add_finalize_fn(publish)
+                self._queue.schedule_async_request(request)
+                self._being_written = temporary
 
     def poll(self) -> None:
         """Publish an asynchronous save that every rank has written; one small all-reduce if one is open."""
-        if self._queue.get_num_unfinalized_calls():
-            self._queue.maybe_finalize_async_calls(blocking=False)
+        self._finalize(blocking=False)
 
     def finish(self) -> None:
         """Wait for an asynchronous save and publish it."""
+        self._finalize(blocking=True)
+
+    def _finalize(self, *, blocking: bool) -> None:
         if self._queue.get_num_unfinalized_calls():
-            self._queue.maybe_finalize_async_calls(blocking=True)
+            with self._one_line(self._being_written):
+                self._queue.maybe_finalize_async_calls(blocking=blocking)
 
     def _temporary_folder(self, iteration: int) -> Path:
         """A new empty folder. Its name is never used again: the forked writer of a killed run may live on."""
-        name = [f".{_name(iteration)}.{uuid.uuid4().hex[:8]}.tmp"]
+        name = [f".{iteration_name(iteration)}.{uuid.uuid4().hex[:8]}.tmp"]
         dist.broadcast_object_list(name, src=0)
         if self.topology.rank == 0:
-            (self.folder / name[0]).mkdir(parents=True)
+            with explained(self.folder):
+                (self.folder / name[0]).mkdir(parents=True)
         dist.barrier()
         return self.folder / name[0]
+
+    @contextlib.contextmanager
+    def _one_line(self, temporary: Path) -> Iterator[None]:
+        """A save that the disk refused is a UserError and leaves nothing; the checkpoints before it stay.
+
+        Megatron and torch report such an error as one of their own, so the disk is asked once more.
+        """
+        try:
+            yield
+        except UserError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        except (Exception, CheckpointException) as error:  # torch derives it from BaseException
+            problem = checkpoint_files.disk_problem(temporary, error)
+            shutil.rmtree(temporary, ignore_errors=True)
+            if problem is None:
+                raise
+            raise UserError(f"{problem}; the checkpoints before it are whole") from error
 
     def _publisher(self, temporary: Path, description: dict[str, Any]) -> Callable[[], None]:
         """What makes a written folder a checkpoint; Megatron calls it on all ranks after an async write."""
 
         def publish() -> None:
             if self.topology.rank == 0:
-                sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-                write_json(temporary / DESCRIPTION, description | {"files": sizes})
-                final = self.folder / _name(description["iteration"])
+                checkpoint_files.seal(temporary, description)
+                final = self.folder / iteration_name(description["iteration"])
                 # A torn one that was skipped, or one of a run that was rolled back.
                 shutil.rmtree(final, ignore_errors=True)
                 temporary.rename(final)
                 fsync_path(self.folder)
-                with atomic_path(self.folder / LATEST) as latest:
-                    latest.write_text(f"{description['iteration']}\n")
+                self._point_to(description["iteration"])
                 say(f"saved {final}")
                 self._delete_old(description["iteration"])
             dist.barrier()
@@ -116,21 +135,61 @@ class Checkpoints:
         for iteration in past[: -self.settings.keep_last]:
             if not (every and iteration % every == 0):
                 # Renamed first: a kill in the middle of the deletion must not leave a torn checkpoint.
-                doomed = self.folder / f".{_name(iteration)}.old"
-                (self.folder / _name(iteration)).rename(doomed)
+                doomed = self.folder / f".{iteration_name(iteration)}.old"
+                (self.folder / iteration_name(iteration)).rename(doomed)
                 shutil.rmtree(doomed)
 
     def load_latest(self, trainer: Trainer) -> bool:
-        """Continue from the newest whole checkpoint of the run, if there is one."""
-        found: list[dict[str, Any] | None] = [None]
+        """Continue from the newest whole checkpoint of the run, if there is one.
+
+        Every byte is compared with its hash, each rank reading its part of the files.
+        """
         if self.topology.rank == 0:
             remove_leftovers(self.folder)
-            found[0] = newest(self.folder)
-        dist.broadcast_object_list(found, src=0)
-        if found[0] is None:
+        skip: list[int] = []
+        while description := self._newest(skip):
+            path = self.folder / iteration_name(description["iteration"])
+            problem = self._damage(path, description)
+            if not problem:
+                break
+            skip.append(description["iteration"])
+            if self.topology.rank == 0:
+                checkpoint_files.warn_torn(path, problem)
+        if description is None:
             return False
-        self.load(trainer, self.folder / _name(found[0]["iteration"]), found[0])
+        if self.topology.rank == 0:
+            if not checkpoint_files.has_hashes(description):
+                say(f"{path} was written without hashes: its bytes cannot be checked")
+            if checkpoint_files.read_pointer(self.folder) not in (None, description["iteration"]):
+                self._point_to(description["iteration"])  # the torn one is replaced when the run gets there
+        self.load(trainer, path, description)
         return True
+
+    def _newest(self, skip: list[int]) -> dict[str, Any] | None:
+        """`checkpoint_files.newest`, which rank 0 looks up for all; its UserError is raised on all."""
+        found: list[dict[str, Any] | UserError | None] = [None]
+        if self.topology.rank == 0:
+            try:
+                found[0] = checkpoint_files.newest(self.folder, skip=skip)
+            except UserError as error:
+                found[0] = error
+        dist.broadcast_object_list(found, src=0)
+        if isinstance(found[0], UserError):
+            raise found[0]
+        return found[0]
+
+    def _damage(self, path: Path, description: dict[str, Any]) -> str:
+        """The first problem that any rank finds in its part of the files, or ""."""
+        files = description["files"]
+        by_size = sorted(files, key=lambda name: (-checkpoint_files.size_and_hash(files[name])[0], name))
+        mine = by_size[self.topology.rank :: self.topology.world_size]
+        problems = [""] * self.topology.world_size
+        dist.all_gather_object(problems, checkpoint_files.damage(path, description, mine))
+        return next(filter(None, problems), "")
+
+    def _point_to(self, iteration: int) -> None:
+        with atomic_path(self.folder / LATEST) as latest:
+            latest.write_text(f"{iteration}\n")
 
     def load(self, trainer: Trainer, folder: Path, description: dict[str, Any]) -> None:
         """Fill `trainer` from one checkpoint; refused when its inputs or its optimizer do not fit."""
@@ -153,46 +212,6 @@ def refuse_other_input(
         )
 
 
-def newest(folder: Path) -> dict[str, Any] | None:
-    """`checkpoint.json` of the checkpoint that `latest_checkpointed_iteration.txt` names, or of the newest
-    whole one before it; torn ones are skipped with a warning. Without that file, the newest whole one."""
-    pointer = folder / LATEST
-    try:
-        limit = int(pointer.read_text()) if pointer.exists() else None
-    except ValueError:
-        say(f"warning: {pointer} is not a number; using the newest whole checkpoint")
-        limit = None
-    for iteration in reversed(list_iterations(folder)):
-        if limit is not None and iteration > limit:
-            continue
-        path = folder / _name(iteration)
-        description, problem = inspect(path)
-        if not problem:
-            return description
-        say(f"warning: {path} is torn ({problem}); trying the one before it")
-    return None
-
-
-def inspect(path: Path) -> tuple[dict[str, Any], str]:
-    """(description, what is wrong with the checkpoint or "")."""
-    try:
-        description = json.loads((path / DESCRIPTION).read_text())
-    except (OSError, ValueError):
-        return {}, f"no readable {DESCRIPTION}"
-    for name, size in description["files"].items():
-        file = path / name
-        if not file.is_file():
-            return description, f"{name} is missing"
-        if file.stat().st_size != size:
-            return description, f"{name} has {file.stat().st_size} bytes instead of {size}"
-    return description, ""
-
-
-def list_iterations(folder: Path) -> list[int]:
-    """Iterations that have a checkpoint folder, ascending."""
-    return sorted(int(p.name.removeprefix("iter_")) for p in folder.glob("iter_*") if p.is_dir())
-
-
 def remove_leftovers(folder: Path) -> None:
     """Delete what killed writers left behind."""
     for pointer in folder.glob(f".{LATEST}.*.tmp"):
@@ -200,7 +219,3 @@ def remove_leftovers(folder: Path) -> None:
     for path in [*folder.glob(".iter_*.tmp"), *folder.glob(".iter_*.old")]:
         say(f"warning: removing {path}, left by a save that was killed")
         shutil.rmtree(path, ignore_errors=True)  # its orphaned writer may still add files
-
-
-def _name(iteration: int) -> str:
-    return f"iter_{iteration:07d}"

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import functools
-import multiprocessing
-import os
+import pickle
 import random
-import threading
-import time
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
 )
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lopd_megatron.errors import UserError
+from lopd_megatron.parallel.safe_pickles import REFUSED
 from lopd_megatron.parallel.versions import save_options, save_strategy, with_own_learning_rates
 from lopd_megatron.progress import say
+from lopd_megatron.train import checkpoint_writers
 from lopd_megatron.train.state import Hook, Trainer
 
 CONTENT = {
@@ -51,7 +51,7 @@ def layout(trainer: Trainer) -> dict[str, Any]:
 
 def write(trainer: Trainer, folder: Path, description: dict[str, Any], *, async_save: bool) -> Any:
     """Save into an empty folder. Returns Megatron's AsyncRequest to schedule when `async_save`, else None."""
-    _prepare_results_queue()
+    checkpoint_writers.prepare()
     parameters_are_current(trainer)
     strategy = save_strategy()
     if trainer.topology.dp_cp_group.size() > 1:  # every replica writes a part instead of the first one all
@@ -86,17 +86,24 @@ def read(trainer: Trainer, folder: Path, description: dict[str, Any]) -> None:
     if trainer.topology.dp_cp_group.size() > 1:
         strategy = FullyParallelLoadStrategyWrapper(strategy, trainer.topology.dp_cp_group)
     wanted = _sharded_state(trainer, stored, is_loading=True)
-    state = dist_checkpointing.load(wanted, str(folder), strategy)
+    try:
+        state = dist_checkpointing.load(wanted, str(folder), strategy)
+    except (CheckpointException, CheckpointingException, pickle.UnpicklingError) as error:
+        raise UserError(_cannot_load(folder, error)) from error
+    for line in changed_settings(state["config"], trainer.config.model_dump(mode="json"), state["iteration"]):
+        if trainer.topology.rank == 0:
+            say(line)
     for name, chunk in _chunks(trainer):
+        _refuse_extra_state(folder, state[name])
         chunk.load_state_dict(state[name], strict=True)
     if has_optimizer:
         groups = trainer.optimizer.param_groups
         trainer.optimizer.load_state_dict(with_own_learning_rates(state["optimizer"], groups))
         _apply_settings(trainer)
-        trainer.scheduler.load_state_dict(state["scheduler"])
     else:
         trainer.optimizer.reload_model_params()
-        trainer.scheduler.step(increment=state["consumed_train_samples"])
+    # The schedule goes by iteration, counted in sequences of this run's batch size; that may have changed.
+    trainer.scheduler.step(increment=state["iteration"] * trainer.config.train.global_batch_size)
     if "rng_state" in state:
         _set_rng_state(state["rng_state"])
     for hook in _stateful(trainer):
@@ -104,6 +111,56 @@ def read(trainer: Trainer, folder: Path, description: dict[str, Any]) -> None:
             hook.load_state_dict(state["hooks"][hook.name])
     trainer.iteration = state["iteration"]
     trainer.consumed_train_samples = state["consumed_train_samples"]
+
+
+WITHOUT_EFFECT = {
+    *("exit_duration_in_mins", "hang_timeout_s", "log_interval", "eval_interval", "eval_documents"),
+    *("profile_iters", "tensorboard", "wandb_project"),
+}
+"""Settings of `train` that do not change the weights."""
+
+
+def changed_settings(stored: dict[str, Any], current: dict[str, Any], iteration: int) -> list[str]:
+    """What a resumed run does otherwise than the run that saved, a line each; both are whole configurations.
+
+    The new settings hold from the next iteration on. UserError for another seed: the order of documents is a
+    function of the seed and of the number of sequences consumed, so some would come twice and others never.
+    """
+    lines = []
+    for section in ("loss", "optimizer", "train"):
+        for name, now in current[section].items():
+            before = stored[section].get(name, now)
+            if before == now or name in WITHOUT_EFFECT:
+                continue
+            if (section, name) == ("train", "seed"):
+                raise UserError(
+                    f"train.seed={now}, but the checkpoint of iteration {iteration} was trained with "
+                    f"{before}: the rest of the epoch would be shuffled otherwise; set train.seed={before}, "
+                    "or another run_dir"
+                )
+            lines.append(f"changed from iteration {iteration + 1} on: {section}.{name} {before} -> {now}")
+            if (section, name) == ("train", "global_batch_size"):
+                lines[-1] += "; the schedule goes by iteration, the data go on after the last sequence"
+    return lines
+
+
+def _cannot_load(folder: Path, error: Exception) -> str:
+    """One line from the errors of all ranks; an object that names code is the one that matters."""
+    text = str(error)
+    refused = re.search(rf"it names [\w.]+, {re.escape(REFUSED)}", text)
+    reason = refused[0] if refused else (text.strip().splitlines() or [type(error).__name__])[-1][:300]
+    return f"{folder} cannot be loaded: {reason}; remove it to continue from the checkpoint before it"
+
+
+def _refuse_extra_state(folder: Path, state: dict[str, Any]) -> None:
+    """Transformer Engine unpickles an `_extra_state` that is not empty, as only FP8 runs have one."""
+    for key, value in state.items():
+        if key.endswith("_extra_state") and value is not None:
+            size = value.numel() if isinstance(value, torch.Tensor) else len(value.getbuffer())
+            if size:
+                raise UserError(
+                    f"{folder}: {key} has {size} bytes of FP8 state, which this program never writes"
+                )
 
 
 def _apply_settings(trainer: Trainer) -> None:
@@ -148,8 +205,6 @@ def _sharded_state(trainer: Trainer, stored: dict[str, Any], *, is_loading: bool
         state["optimizer"] = trainer.optimizer.sharded_state_dict(
             model_state, is_loading=is_loading, metadata=metadata
         )
-        if not is_loading:
-            state["scheduler"] = trainer.scheduler.state_dict()
         if _same_positions(trainer, stored):
             state["rng_state"] = _rng_state(trainer)
     return state
@@ -214,30 +269,3 @@ def _set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state(state["cuda"])
     tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
-
-
-@functools.cache
-def _prepare_results_queue() -> None:
-    """Give Megatron's writer its queue from a forked manager process.
-
-    Megatron would spawn one, which imports the main module again: seconds, and a hang where that module is a
-    script without a main guard. The manager ends when this process does, even by kill −9.
-    """
-    from multiprocessing.managers import SyncManager
-
-    if not filesystem_async.HAVE_PSUTIL:
-        raise UserError(
-            "psutil is not installed, and Megatron-Core's checkpoint writer would hang; install it"
-        )
-    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-    manager.start(initializer=_end_with, initargs=(os.getpid(),))
-    filesystem_async._results_queue = manager.Queue()
-
-
-def _end_with(parent: int) -> None:
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(0)
-
-    threading.Thread(target=watch, daemon=True).start()

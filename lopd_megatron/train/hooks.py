@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from types import FrameType
@@ -12,8 +13,13 @@ import torch.distributed as dist
 
 from lopd_megatron import plugins
 from lopd_megatron.config import RunConfig
+from lopd_megatron.errors import EXIT_INTERRUPTED, EXIT_REQUEUE
 from lopd_megatron.progress import say
+from lopd_megatron.train.launch_env import under_plain_torchrun
 from lopd_megatron.train.state import Hook, StepResult, Trainer
+
+ONE_KEY_PRESS_S = 2.0
+"""A Ctrl-C reaches a rank from the terminal and once more from torchrun."""
 
 
 def own_hooks(config: RunConfig) -> list[Hook]:
@@ -23,23 +29,29 @@ def own_hooks(config: RunConfig) -> list[Hook]:
 
 
 class StopHook(Hook):
-    """Stop after the step in which SIGTERM or SIGUSR1 came, or the time limit passed.
+    """Stop after the step in which SIGINT, SIGTERM or SIGUSR1 came, or the time limit passed.
 
-    Stops all ranks after the same step, through one all-reduce of one number a step.
+    Stops all ranks after the same step, through one all-reduce of one number a step. A second Ctrl-C ends the
+    process at once.
     """
 
-    REASONS = ("", "SIGUSR1", "SIGTERM", "train.exit_duration_in_mins")
+    REASONS = ("", "SIGUSR1", "SIGTERM", "SIGINT", "train.exit_duration_in_mins")
 
     def __init__(self, exit_duration_in_mins: float | None) -> None:
         self.limit_s = float("inf") if exit_duration_in_mins is None else 60 * exit_duration_in_mins
         self.start = time.monotonic()
         self.reason = 0
-        # A second signal of the same kind changes nothing: launchers and Slurm may both send one.
-        signal.signal(signal.SIGTERM, self._on_signal)
-        signal.signal(signal.SIGUSR1, self._on_signal)
+        self.interrupted = float("inf")
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        # The same signal again changes nothing: the terminal, launchers and Slurm may each send one.
         self.reason = max(self.reason, self.REASONS.index(signal.Signals(number).name))
+        if number == signal.SIGINT:
+            if time.monotonic() - self.interrupted > ONE_KEY_PRESS_S:
+                os._exit(EXIT_INTERRUPTED)
+            self.interrupted = min(self.interrupted, time.monotonic())
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         if time.monotonic() - self.start > self.limit_s:
@@ -49,10 +61,18 @@ class StopHook(Hook):
         trainer.stop_reason = self.REASONS[int(flag)]
         if trainer.stop_reason and trainer.topology.rank == 0 and not trainer.is_done:
             say(f"stopping after iteration {trainer.iteration}: {trainer.stop_reason}")
+            if trainer.stop_reason in ("SIGTERM", "SIGINT") and under_plain_torchrun():
+                say(
+                    "torchrun kills the ranks 30 s after the signal and reports exit code 1; `python -m "
+                    "lopd_megatron.launch.torchrun` takes the same options, waits, and reports "
+                    f"{EXIT_REQUEUE}"
+                )
 
 
 class SaveHook(Hook):
     """Save every `save_interval` iterations, and whenever the run ends."""
+
+    may_take_long = True
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         trainer.checkpoints.poll()

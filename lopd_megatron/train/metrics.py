@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lopd_megatron.config import RunConfig
-from lopd_megatron.files import atomic_path
+from lopd_megatron.files import atomic_path, explained
 
 
 class Writer(Protocol):
@@ -25,14 +25,18 @@ class JsonLines:
         kept = [line for line in read_metrics(path) if line["iteration"] <= resumed_iteration]
         with atomic_path(path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a")
+        self._path = path
+        with explained(path):
+            self._file = path.open("a")
 
     def write(self, iteration: int, metrics: dict[str, float]) -> None:
-        self._file.write(json.dumps({"iteration": iteration, **metrics}) + "\n")
-        self._file.flush()
+        with explained(self._path):
+            self._file.write(json.dumps({"iteration": iteration, **metrics}) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with explained(self._path):
+            self._file.close()
 
 
 class TensorBoard:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
-from lopd_megatron.errors import EXIT_USER_ERROR, UserError
-from lopd_megatron.train.launch_env import launch_rank
+from lopd_megatron.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from lopd_megatron.files import explained
+from lopd_megatron.train.launch_env import launch_rank, under_torchrun
 
 OTHER_RANKS_WAIT_S = 3.0
+ORPHAN_S = 30.0
+PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 def run_rank(main: Callable[[], int]) -> None:
@@ -24,12 +30,15 @@ def run_rank(main: Callable[[], int]) -> None:
     its traceback. The process leaves without clean-up, which could block on a peer.
     """
     rank = launch_rank()
+    if under_torchrun():
+        end_with_launcher()
     # Megatron-Core says on every rank and in many places that optional packages are absent and that it
     # calls deprecated functions of torch; the run's own messages would drown in it.
     warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
     code = 1
     try:
-        code = main()
+        with explained(Path.cwd()):
+            code = main()
     except UserError as error:
         code = EXIT_USER_ERROR
         if rank:
@@ -38,6 +47,10 @@ def run_rank(main: Callable[[], int]) -> None:
         print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr)
     except SystemExit as leave:  # argparse: help, or a usage error it has printed
         code = leave.code if isinstance(leave.code, int) else 1
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+        if rank == 0:
+            print("interrupted before training began: nothing was changed", file=sys.stderr)
     except BaseException as error:
         if type(error).__name__ == "OutOfMemoryError":
             print(out_of_memory_message(rank, error), file=sys.stderr)
@@ -46,6 +59,20 @@ def run_rank(main: Callable[[], int]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def end_with_launcher() -> None:
+    """Without its launcher a rank saves and stops as after SIGTERM; after `ORPHAN_S` it is gone."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        time.sleep(ORPHAN_S)
+        os._exit(EXIT_FAILURE)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def out_of_memory_message(rank: int, error: BaseException) -> str:

@@ -39,6 +39,9 @@ class Hook:
     name = ""
     """Set it on a hook with state: the key of that state in a checkpoint."""
 
+    may_take_long = False
+    """Set it on a hook whose work is not bounded by train.hang_timeout_s."""
+
     def on_build(self, trainer: Trainer) -> None:
         """With the initial weights in the model, before a checkpoint is loaded."""
 

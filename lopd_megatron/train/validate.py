@@ -34,6 +34,8 @@ class ValidateHook(Hook):
     of the documents in host memory.
     """
 
+    may_take_long = True
+
     def __init__(self, config: RunConfig, warnings: WarningLog) -> None:
         self.interval = config.train.eval_interval
         self.dataset = open_dataset(held_out_prefixes(config))

@@ -1,5 +1,6 @@
 """Weights go to Megatron and back bit for bit, in every layout, from the live model and from a checkpoint."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +123,39 @@ def test_round_trip_is_bitwise_in_every_layout(tmp_path: Path) -> None:
             for name, tensor in original.items():
                 assert found[name].dtype == tensor.dtype, (folder, name)
                 assert torch.equal(found[name], tensor), (folder, name)
+
+
+def other_configs(model: str, folder: str) -> list[str]:
+    """What an export says of a checkpoint under configurations that are not its own."""
+    from lopd_megatron.errors import UserError
+    from lopd_megatron.model.checkpoint_reader import CheckpointTensors
+    from lopd_megatron.model.checkpoint_writer import write_checkpoint
+    from lopd_megatron.model.names import weight_table
+    from lopd_megatron.model.weights import HfTensors
+
+    config = run_config("tp4", "fp32")
+    config.parallel.tensor_model_parallel_size = 1
+    grid.initialize(config.parallel, seed=1)
+    spec = student_spec(model, config)
+    checkpoint = Path(folder) / "checkpoint"
+    write_checkpoint(HfTensors(Path(model), spec), spec, checkpoint)
+    CheckpointTensors(checkpoint, spec)
+    stored = json.loads((Path(model) / "config.json").read_text())
+    messages = []
+    for name, change in (("num_hidden_layers", -1), ("intermediate_size", 8), ("vocab_size", -8)):
+        other = Path(folder) / name
+        other.mkdir()
+        (other / "config.json").write_text(json.dumps(stored | {name: stored[name] + change}))
+        spec = student_spec(str(other), config)
+        with pytest.raises(UserError) as error:
+            CheckpointTensors(checkpoint, spec).read(next(iter(weight_table(spec).values())))
+        messages.append(str(error.value))
+    return messages
+
+
+def test_a_checkpoint_is_not_read_under_another_configuration(tmp_path: Path) -> None:
+    save_model("qwen3", tmp_path / "model")
+    ((layers, sizes, vocabulary),) = run_world(other_configs, 1, str(tmp_path / "model"), str(tmp_path))
+    assert "layers, the configuration" in layers
+    assert "linear_fc1.weight has shape" in sizes
+    assert "are no padding" in vocabulary

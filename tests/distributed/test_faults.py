@@ -167,11 +167,11 @@ def test_silent_fault_of_overlapped_gathers(world_size: int, inputs: Path, tmp_p
 def writer_without_psutil() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    from lopd_megatron.train import checkpoint_state
+    from lopd_megatron.train import checkpoint_writers
 
     filesystem_async.HAVE_PSUTIL = False
     with pytest.raises(UserError, match="psutil"):
-        checkpoint_state._prepare_results_queue()
+        checkpoint_writers.prepare()
     # Raised in the writer's process before it reports anything, and its parent waits for a report.
     with pytest.raises(RuntimeError, match="psutil"):
         filesystem_async.FileSystemWriterAsync.write_preloaded_data(
@@ -201,10 +201,10 @@ def test_the_persistent_writer_dies_without_cuda() -> None:
 UNGUARDED = """
 from lopd_megatron.parallel import prepare_megatron
 prepare_megatron()
-from lopd_megatron.train import checkpoint_state
+from lopd_megatron.train import checkpoint_writers
 from lopd_megatron.parallel import versions
 if {corrected}:
-    checkpoint_state._prepare_results_queue()
+    checkpoint_writers.prepare()
 versions.write_results_queue().put("written")
 assert versions.write_results_queue().get() == "written"
 print("main ran")

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from lopd_megatron.model.checkpoint_files import newest
 from lopd_megatron.parallel import topology as grid
-from lopd_megatron.train.checkpoint import newest
 from tests.distributed.tiny_run import state_hash, tiny_config, tiny_trainer, write_inputs
 from tests.distributed.world import RankError, run_world
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.dist
 
 KILLS = 22
 FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree")
-EVENTS_OF_A_SAVE = 18
+EVENTS_OF_A_SAVE = 24
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +88,33 @@ def test_kills_during_saves_lose_nothing(inputs: Path, tmp_path: Path) -> None:
     assert killed == straight
     leftovers = [path.name for path in (run_dir / "checkpoints").glob(".*")]
     assert leftovers == []
+
+
+def writer_killed(inputs: str, run_dir: str, async_save: bool) -> None:
+    """The kernel kills a writer of the second save, not the trainer."""
+    from lopd_megatron.model.checkpoint_files import HashingFile
+    from lopd_megatron.train.loop import run
+
+    stock = HashingFile.write
+
+    def write(self: HashingFile, data: Any) -> int:
+        if "iter_0000002" in self._path:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return stock(self, data)
+
+    HashingFile.write = write
+    os.dup2(os.open(f"{run_dir}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    run(tiny_config(Path(inputs), Path(run_dir), **settings(4), checkpoint__async_save=async_save))
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_killed_writer_ends_the_run_instead_of_hanging_it(
+    async_save: bool, inputs: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    with pytest.raises(RankError):
+        run_world(writer_killed, 1, str(inputs), str(run_dir), async_save, timeout_s=60)
+    assert "a process that writes the checkpoint was killed by signal 9" in Path(f"{run_dir}.log").read_text()
+    found = newest(run_dir / "checkpoints")
+    assert found is not None
+    assert found["iteration"] == 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lopd_megatron.train.checkpoint import newest
+from lopd_megatron.model.checkpoint_files import newest
 from tests.distributed.tiny_run import advance, layout, state_hash, tiny_config, tiny_trainer, write_inputs
 from tests.distributed.world import run_world
 

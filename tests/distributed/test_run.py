@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -145,8 +146,8 @@ def test_what_is_refused_says_why_on_every_rank(inputs: Path, tmp_path: Path) ->
 
 
 def torn_and_kept(inputs: str, folder: str) -> None:
-    """keep_last, keep_every, and a checkpoint that lost a byte."""
-    from lopd_megatron.train.checkpoint import list_iterations
+    """keep_last, keep_every, and a checkpoint with a flipped bit; sizes are right."""
+    from lopd_megatron.model.checkpoint_files import list_iterations, newest
 
     run_dir = Path(folder) / "torn"
     settings = {
@@ -164,11 +165,14 @@ def torn_and_kept(inputs: str, folder: str) -> None:
     dist.barrier()
     if dist.get_rank() == 0:
         file = max((checkpoints / "iter_0000005").glob("*.distcp"))
-        file.write_bytes(file.read_bytes()[:-1])
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
     dist.barrier()
     trainer = tiny_trainer(tiny_config(Path(inputs), run_dir, **settings))
     assert trainer.checkpoints.load_latest(trainer)
     assert trainer.iteration == 4
+    assert newest(checkpoints)["iteration"] == 4  # the pointer no longer names the torn one
 
 
 def test_a_torn_checkpoint_is_skipped(inputs: Path, tmp_path: Path) -> None:
@@ -192,6 +196,22 @@ def resumed_otherwise(inputs: str, folder: str) -> None:
         assert (group["lr"], group["betas"]) == (5e-4, (0.9, 0.5))
     assert trainer.scheduler.num_steps == 36
 
+    # Another batch size: iteration 4 has the learning rate that it would have had.
+    config = tiny_config(Path(inputs), run_dir)
+    trainer = tiny_trainer(config)
+    trainer.checkpoints.load_latest(trainer)
+    expected = trainer.optimizer.param_groups[0]["lr"]
+    config.train.global_batch_size = 5
+    trainer = tiny_trainer(config)
+    trainer.checkpoints.load_latest(trainer)
+    assert trainer.optimizer.param_groups[0]["lr"] == expected
+    assert (trainer.iteration, trainer.consumed_train_samples) == (3, 36)
+    advance(trainer, 3)
+    assert trainer.optimizer.param_groups[0]["lr"] == config.optimizer.min_lr  # the decay ends
+    trainer = tiny_trainer(tiny_config(Path(inputs), run_dir, train__seed=9))
+    with pytest.raises(UserError, match=r"train.seed=9, .* trained with 1234"):
+        trainer.checkpoints.load_latest(trainer)
+
     config = tiny_config(Path(inputs), Path(folder) / "weights", checkpoint__save_optimizer=False)
     trainer = tiny_trainer(config)
     advance(trainer, 3)
@@ -204,6 +224,43 @@ def resumed_otherwise(inputs: str, folder: str) -> None:
     files = sum(path.stat().st_size for path in (Path(folder) / "weights/checkpoints/iter_0000003").iterdir())
     whole = sum(path.stat().st_size for path in (run_dir / "checkpoints/iter_0000003").iterdir())
     assert files < 0.4 * whole  # weights alone, not main parameters and two moments
+
+
+class Payload:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def crafted(inputs: str, folder: str) -> None:
+    """A checkpoint whose random state is code, with the hashes that belong to it."""
+    from lopd_megatron.train import checkpoint_state
+
+    config = tiny_config(Path(inputs), Path(folder) / "crafted")
+    proof = Path(folder) / f"ran {dist.get_rank()}"
+    trainer = tiny_trainer(config)
+    advance(trainer, 1)
+    stock = checkpoint_state._rng_state
+
+    def with_payload(trainer: Trainer) -> Any:
+        sharded = stock(trainer)
+        sharded.data["random"] = Payload(proof)
+        return sharded
+
+    checkpoint_state._rng_state = with_payload
+    trainer.checkpoints.save(trainer)
+    checkpoint_state._rng_state = stock
+    with pytest.raises(UserError, match=r"it names posix.mkdir, which no checkpoint needs; it was not run"):
+        trainer.checkpoints.load_latest(trainer)
+    assert not proof.exists()
+
+
+def test_code_in_a_random_state_is_not_run(inputs: Path, tmp_path: Path) -> None:
+    run_world(crafted, 2, str(inputs), str(tmp_path))
 
 
 def test_a_resume_with_other_settings(inputs: Path, tmp_path: Path) -> None:
