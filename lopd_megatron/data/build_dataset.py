@@ -306,19 +306,32 @@ def flat_columns(batch: RolloutBatch) -> dict[str, np.ndarray]:
     tokens = np.empty(len(is_response), np.int32)
     tokens[~is_response] = batch.prompt_tokens
     tokens[is_response] = batch.response_tokens
-    columns: dict[str, np.ndarray] = {"tokens": tokens, "loss_mask": is_response.astype(np.uint8)}
-    columns["loss_mask"][is_response] = batch.response_mask
-    for name, values in batch.logprobs.items():
-        columns[name] = np.zeros(len(is_response), np.float32)
-        columns[name][is_response] = values
+    on_response = {"loss_mask": batch.response_mask, **batch.logprobs}
     if batch.topk:
-        ids = np.full((len(is_response), batch.topk), -1, np.int32)
-        ids[is_response] = batch.topk_ids.reshape(-1, batch.topk)
-        logprobs = np.zeros((len(is_response), batch.topk), np.float16)
-        logprobs[is_response] = batch.topk_logprobs.reshape(-1, batch.topk)
-        columns["teacher_topk_ids"] = ids
-        columns["teacher_topk_logprobs"] = logprobs.view(np.uint16)
+        on_response["teacher_topk_ids"] = batch.topk_ids.reshape(-1, batch.topk)
+        logprobs = batch.topk_logprobs.reshape(-1, batch.topk).astype(np.float16)
+        on_response["teacher_topk_logprobs"] = logprobs.view(np.uint16)
+    columns = {"tokens": tokens}
+    for name, values in on_response.items():
+        column = COLUMNS[name]
+        columns[name] = np.full((len(is_response), *values.shape[1:]), column.on_prompt, column.dtype)
+        columns[name][is_response] = values
     return columns
+
+
+def document_of(
+    prompt_tokens: Sequence[int], response_tokens: Sequence[int], **on_response: np.ndarray
+) -> Document:
+    """One rollout whose response tokens are all trained, with columns [r] or [r, k] of its response."""
+    prompt = len(prompt_tokens)
+    mask = np.ones(len(response_tokens), np.uint8)
+    columns = {
+        name: np.concatenate(
+            [np.full((prompt, *values.shape[1:]), COLUMNS[name].on_prompt, values.dtype), values]
+        )
+        for name, values in {"loss_mask": mask, **on_response}.items()
+    }
+    return Document(tokens=np.array([*prompt_tokens, *response_tokens], np.int32), **columns)
 
 
 def column_of(document: Document, name: str, topk: int) -> np.ndarray:

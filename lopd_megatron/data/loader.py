@@ -22,6 +22,7 @@ from lopd_megatron.data.order import Order
 from lopd_megatron.data.packing import CROSSOVER_8B, plan_step
 from lopd_megatron.data.store import Dataset, Documents, Span
 from lopd_megatron.errors import UserError
+from lopd_megatron.parallel.context import zigzag_indices
 from lopd_megatron.records import COLUMNS, MicroBatch
 
 TOKEN_FIELDS: dict[str, tuple[str, type[np.generic]]] = {
@@ -265,19 +266,6 @@ class StepLoader:
 def _count_trained(part: Documents, first: int, stop: int) -> int:
     """Trained tokens of a document; the first token is never one."""
     return int(np.count_nonzero(part.values["loss_mask"][first:stop]))
-
-
-def zigzag_indices(lengths: np.ndarray, rank: int, size: int) -> np.ndarray:
-    """int64 [Σ lengths / size]: tokens of context-parallel `rank` r: chunks r and 2·size − 1 − r of each.
-
-    Causal attention over a long document costs every rank the same this way. Lengths are multiples of 2·size.
-    """
-    starts = np.cumsum(lengths) - lengths
-    pieces = []
-    for start, chunk in zip(starts.tolist(), (lengths // (2 * size)).tolist(), strict=True):
-        for place in (rank, 2 * size - 1 - rank):
-            pieces.append(np.arange(start + place * chunk, start + (place + 1) * chunk))
-    return np.concatenate(pieces)
 
 
 def _check_columns(dataset: Dataset, columns: frozenset[str] | None) -> frozenset[str]:

@@ -22,7 +22,7 @@ import numpy as np
 import torch.distributed as dist
 
 from lopd_megatron.config import LossConfig, RunConfig
-from lopd_megatron.data.build_dataset import Document
+from lopd_megatron.data.build_dataset import Document, document_of
 from lopd_megatron.data.in_memory import memory_dataset
 from lopd_megatron.data.loader import StepBatch
 from lopd_megatron.data.order import Order
@@ -36,9 +36,7 @@ from lopd_megatron.inference.requests import (
     document_seed,
 )
 from lopd_megatron.loss import finalize_metrics
-from lopd_megatron.model.weights import export_hf
 from lopd_megatron.progress import say
-from lopd_megatron.train.checkpoint_state import parameters_are_current
 from lopd_megatron.train.setup import build_loader, loss_of_run
 from lopd_megatron.train.state import Hook, StepResult, Trainer
 from lopd_megatron.train.step import pool_metric_sums, run_microbatches
@@ -166,9 +164,7 @@ class OnlineRollouts(Hook):
         """Bring the weights to the student server and prove it: both engines must score tokens alike."""
         start = self._clock()
         folder = self.config.paths.online_weights
-        parameters_are_current(trainer)
-        chunks = [chunk.module for chunk in trainer.model]
-        export_hf(chunks, trainer.spec, trainer.topology, folder, self.config.model.student, overwrite=True)
+        trainer.export(folder)
         version = f"iteration {trainer.iteration}"
         probe = self._from_rank_0(lambda: self._scored_probe(str(folder.resolve()), version))
         difference = self._difference(trainer, probe)
@@ -255,17 +251,7 @@ def documents_of(
 
 
 def _document(prompt: list[int], rollout: Generation, scored: Score) -> Document:
-    before = len(prompt)
-
-    def padded(values: np.ndarray, fill: float) -> np.ndarray:
-        return np.concatenate([np.full((before, *values.shape[1:]), fill, values.dtype), values])
-
-    has_topk = scored.topk_ids.shape[1] > 0
-    return Document(
-        tokens=np.array([*prompt, *rollout.response_tokens], np.int32),
-        loss_mask=padded(np.ones(len(rollout.response_tokens), np.uint8), 0),
-        teacher_logprobs=padded(scored.logprobs, 0.0),
-        rollout_logprobs=padded(rollout.logprobs, 0.0),
-        teacher_topk_ids=padded(scored.topk_ids, -1) if has_topk else None,
-        teacher_topk_logprobs=padded(scored.topk_logprobs, 0.0) if has_topk else None,
-    )
+    columns = {"teacher_logprobs": scored.logprobs, "rollout_logprobs": rollout.logprobs}
+    if scored.topk_ids.shape[1]:
+        columns |= {"teacher_topk_ids": scored.topk_ids, "teacher_topk_logprobs": scored.topk_logprobs}
+    return document_of(prompt, rollout.response_tokens, **columns)

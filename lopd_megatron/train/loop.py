@@ -29,7 +29,8 @@ def run(
     before the standard ones, so what they do to the weights is logged, validated and saved; `batches`
     replaces the dataset, and then `check` says what is trained on instead.
     """
-    from lopd_megatron.train.setup import build_trainer, standard_hooks
+    from lopd_megatron.train.setup import build_trainer
+    from lopd_megatron.train.standard_hooks import standard_hooks
 
     grid.check_world_size(config.parallel, launch_world_size())
     inputs = [check(config).describe() if launch_rank() == 0 else {}]

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lopd_megatron.data.build_dataset import Document, write_dataset
-from lopd_megatron.data.loader import FIELDS, StepBatch, StepLoader, zigzag_indices
+from lopd_megatron.data.loader import FIELDS, StepBatch, StepLoader
 from lopd_megatron.data.store import Dataset, open_dataset
 from lopd_megatron.errors import UserError
+from lopd_megatron.parallel.context import zigzag_indices
 from lopd_megatron.records import MicroBatch
 from tests.unit.data.samples import documents
 
@@ -253,12 +254,6 @@ def test_context_parallel_ranks_hold_the_whole_between_them(dataset: Dataset, si
             assert np.array_equal(whole["labels"][edges[i] : stop - 1, 0], disk["tokens"][1:])
             assert np.array_equal(whole["loss_mask"][edges[i] : stop - 1, 0], disk["loss_mask"][1:])
             assert not whole["loss_mask"][stop - 1 : edges[i + 1]].any()
-
-
-def test_zigzag_by_eye() -> None:
-    lengths = np.array([8, 4])
-    assert zigzag_indices(lengths, 0, 2).tolist() == [0, 1, 6, 7, 8, 11]
-    assert zigzag_indices(lengths, 1, 2).tolist() == [2, 3, 4, 5, 9, 10]
 
 
 def test_a_document_that_fits_no_row(dataset: Dataset) -> None:
