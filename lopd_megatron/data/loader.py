@@ -53,14 +53,12 @@ class StepBatch:
     """Equally many on every rank; a data-parallel rank may get one that is padding only."""
     seq_length: int
     """t: tokens of every micro-batch of this step on every rank, with padding, before context parallelism."""
-    num_sequences: int
-    """Documents of the whole step, all data-parallel ranks."""
     num_tokens: int
     """Trained tokens of the whole step."""
     num_total_tokens: int
     """Prompt and response tokens of the whole step, without padding: what throughput counts."""
     sequence_lengths: np.ndarray
-    """int32 [num_sequences]: tokens of every document of the whole step, for its FLOPs."""
+    """int32 [n]: tokens of each document of the whole step, all data-parallel ranks; for its FLOPs."""
 
 
 class StepLoader:
@@ -152,7 +150,6 @@ class StepLoader:
                 documents, spans, trained, plan.microbatches[self._rank], plan.seq_length
             ),
             seq_length=plan.seq_length,
-            num_sequences=len(documents),
             num_tokens=sum(trained),
             num_total_tokens=int(lengths.sum(dtype=np.int64)),
             sequence_lengths=lengths,

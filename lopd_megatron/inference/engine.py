@@ -22,7 +22,6 @@ import numpy as np
 import torch
 
 from lopd_megatron.config import EngineConfig
-from lopd_megatron.imports import quick_imports
 from lopd_megatron.inference.engine_settings import (
     CPU_ENVIRONMENT,
     QUIET_ENVIRONMENT,
@@ -76,9 +75,8 @@ class VllmEngine:
         self.dtype = engine_dtype(config, on_cpu=on_cpu)
         with warnings.catch_warnings():  # of torch, about vLLM's scan of all modules
             warnings.simplefilter("ignore", FutureWarning)
-            with quick_imports():
-                from vllm import EngineArgs, LLMEngine
-                from vllm.platforms import current_platform
+            from vllm import EngineArgs, LLMEngine
+            from vllm.platforms import current_platform
 
             # Not from torch, which would start CUDA in this process.
             gpu_bytes = 0 if on_cpu else current_platform.get_device_total_memory()

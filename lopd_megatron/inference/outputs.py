@@ -69,19 +69,3 @@ def _score(request: ScoreRequest, ids: np.ndarray | None, logprobs: np.ndarray, 
     return Score(
         request.key, logprobs[:, 0].copy(), ids[:, 1:].astype(np.int32), np.ascontiguousarray(logprobs[:, 1:])
     )
-
-
-def _from_dicts(
-    positions: list[dict[int, Any]], request: ScoreRequest, topk: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """vLLM's dictionaries, {id: Logprob} per position, as [r, 1 + k] arrays."""
-    given = request.tokens[request.start :]
-    ids = np.empty((len(given), 1 + topk), np.int64)
-    logprobs = np.empty((len(given), 1 + topk), np.float32)
-    for row, (token, entries) in enumerate(zip(given, positions, strict=True)):
-        # The given token is there besides the k most likely, or is one of them: then it has rank ≤ k.
-        likely = sorted((entry.rank, key) for key, entry in entries.items())[:topk]
-        columns = [token, *(key for _, key in likely)]
-        ids[row] = columns
-        logprobs[row] = [entries[key].logprob for key in columns]
-    return ids, logprobs

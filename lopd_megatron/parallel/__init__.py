@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import functools
 
-from lopd_megatron.imports import quick_imports
-
 
 @functools.cache
 def prepare_megatron() -> None:
@@ -16,8 +14,7 @@ def prepare_megatron() -> None:
 
     Patches the process; a second call does nothing.
     """
-    with quick_imports():
-        from lopd_megatron.parallel import cpu, fixes
+    from lopd_megatron.parallel import cpu, fixes
 
-        cpu.install()
-        fixes.install()
+    cpu.install()
+    fixes.install()

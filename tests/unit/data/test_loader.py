@@ -88,7 +88,7 @@ def test_one_document_followed_by_eye(tmp_path: Path) -> None:
     assert row.response_lengths.tolist() == [4, 0]
     assert row.document_indices == (0, -1)
     assert row.max_seqlen == 8
-    assert (batch.num_sequences, batch.num_tokens, batch.num_total_tokens) == (1, 4, 8)
+    assert (len(batch.sequence_lengths), batch.num_tokens, batch.num_total_tokens) == (1, 4, 8)
 
 
 DTYPES = {
@@ -210,7 +210,7 @@ def test_a_stage_reads_only_its_columns(dataset: Dataset, monkeypatch: pytest.Mo
 def test_more_documents_in_a_step_than_in_the_dataset(tmp_path: Path) -> None:
     write_dataset(tmp_path / "x", documents(3, longest=10))
     batch = loader(open_dataset([tmp_path / "x"])).step(0)
-    assert batch.num_sequences == 16
+    assert len(batch.sequence_lengths) == 16
     assert sorted(np.bincount(indices_of([batch])).tolist()) == [5, 5, 6]
 
 
