@@ -35,7 +35,9 @@ def main() -> int:
     samples = []
     for index in sample_indices(len(dataset), wanted or len(dataset)):
         columns = dataset.document(index)
-        samples.append(Sample(index, *(columns[n] for n in ("tokens", "loss_mask", "rollout_logprobs"))))
+        tokens, mask, logprobs = (columns[n] for n in ("tokens", "loss_mask", "rollout_logprobs"))
+        part, place = dataset.locate(index)
+        samples.append(Sample(index, tokens, mask, logprobs, part.document_id(place)))
     with open_scorer(config, model, options.scorer) as scorer:
         report = compare(samples, scorer, config.data.alignment_tolerance)
     print(json.dumps(report.as_dict()))

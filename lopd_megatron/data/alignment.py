@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from lopd_megatron.data.document_ids import document_name
 from lopd_megatron.errors import UserError
 
 Scorer = Callable[[Sequence[tuple[Sequence[int], Sequence[int]]]], list[np.ndarray]]
@@ -32,6 +33,12 @@ class Sample:
     tokens: np.ndarray  # int [s]
     loss_mask: np.ndarray  # [s]
     rollout_logprobs: np.ndarray  # float32 [s]
+    document_id: str = ""
+
+    @property
+    def name(self) -> str:
+        """Index and id, as messages name a document."""
+        return document_name(self.index, self.document_id)
 
     @property
     def prompt_length(self) -> int:
@@ -56,6 +63,8 @@ class AlignmentReport:
     tolerance: float
     diagnosis: str
     """Empty where the proof holds."""
+    worst_document_id: str = ""
+    """The id of `worst_document`; empty where the dataset has none."""
 
     @property
     def holds(self) -> bool:
@@ -64,11 +73,15 @@ class AlignmentReport:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def worst_name(self) -> str:
+        return document_name(self.worst_document, self.worst_document_id)
+
     def line(self) -> str:
         return (
             f"{self.documents} documents, {self.tokens} tokens: mean |difference| "
             f"{self.mean_abs_difference:.2e} nats (limit {self.tolerance:g}), max "
-            f"{self.max_abs_difference:.2e} at document {self.worst_document}, token {self.worst_position}"
+            f"{self.max_abs_difference:.2e} at {self.worst_name}, token {self.worst_position}"
         )
 
 
@@ -89,7 +102,7 @@ def compare(samples: Sequence[Sample], scorer: Scorer, tolerance: float) -> Alig
     for sample, new, old in zip(samples, rescored, stored, strict=True):
         if len(new) != len(old) or not np.isfinite(new).all():
             raise UserError(
-                f"document {sample.index}: {len(new)} log-probs came back for {len(old)} tokens, or one is "
+                f"{sample.name}: {len(new)} log-probs came back for {len(old)} tokens, or one is "
                 "not finite; check the model and its precision"
             )
     differences = [
@@ -107,6 +120,7 @@ def compare(samples: Sequence[Sample], scorer: Scorer, tolerance: float) -> Alig
         mean_abs_difference=mean,
         max_abs_difference=float(abs(differences[worst][place])),
         worst_document=samples[worst].index,
+        worst_document_id=samples[worst].document_id,
         worst_position=samples[worst].prompt_length + place,
         worst_document_mean=max(means),
         tolerance=tolerance,

@@ -74,12 +74,15 @@ class Document:
     rollout_logprobs: np.ndarray | None = None  # [s]
     teacher_topk_ids: np.ndarray | None = None  # [s, k]
     teacher_topk_logprobs: np.ndarray | None = None  # [s, k] float
+    document_id: str = ""
 
 
 def write_dataset(
     prefix: str | Path, documents: Iterable[Document], lineage: Lineage | None = None
 ) -> Manifest:
-    """Write documents that a program makes; all must have the columns of the first. Replaces what was there.
+    """Write documents that a program makes. Replaces what was there.
+
+    All must have the columns of the first, and an id where the first has one.
 
     Memory: 512 documents and 4 bytes for each.
     """
@@ -90,13 +93,15 @@ def write_dataset(
         raise UserError(f"{prefix}: there is no document to write")
     columns = [name for name in COLUMNS if getattr(first, name) is not None]
     topk = 0 if first.teacher_topk_ids is None else int(np.asarray(first.teacher_topk_ids).shape[1])
-    with DatasetWriter(prefix, columns, topk, {"source": "documents"}) as writer:
+    has_ids = bool(first.document_id)
+    with DatasetWriter(prefix, columns, topk, {"source": "documents"}, has_ids=has_ids) as writer:
         for chunk in _chunks(_with_first(first, stream), 512):
             values = {
                 name: np.concatenate([column_of(document, name, topk) for document in chunk])
                 for name in columns
             }
-            writer.append(np.array([len(document.tokens) for document in chunk]), values)
+            lengths = np.array([len(document.tokens) for document in chunk])
+            writer.append(lengths, values, [document.document_id for document in chunk])
         return writer.commit(lineage or Lineage())
 
 
@@ -168,7 +173,7 @@ def build_from(
                 _refuse_other(there, where, parents, described)
                 continue
             settings = {"sources": parents, "filters": described}
-            writer = stack.enter_context(DatasetWriter(where, columns, topk, settings))
+            writer = stack.enter_context(DatasetWriter(where, columns, topk, settings, has_ids=True))
             parts.append(_Part(name, writer, split, filters, special_ids))
         _fill(parts, sources, prefix)
         alignment = None
@@ -236,7 +241,8 @@ class _Part:
         )
         if batch.topk != self.writer.topk and batch.response_lengths.any():
             raise ValueError(f"k = {batch.topk} teacher tokens, the first file has {self.writer.topk}")
-        self.writer.append(chosen.prompt_lengths + chosen.response_lengths, flat_columns(chosen))
+        lengths = chosen.prompt_lengths + chosen.response_lengths
+        self.writer.append(lengths, flat_columns(chosen), chosen.document_ids.tolist())
         if self.stops is not None:
             self.stops.add(chosen)
 
@@ -320,7 +326,7 @@ def flat_columns(batch: RolloutBatch) -> dict[str, np.ndarray]:
 
 
 def document_of(
-    prompt_tokens: Sequence[int], response_tokens: Sequence[int], **on_response: np.ndarray
+    document_id: str, prompt_tokens: Sequence[int], response_tokens: Sequence[int], **on_response: np.ndarray
 ) -> Document:
     """One rollout whose response tokens are all trained, with columns [r] or [r, k] of its response."""
     prompt = len(prompt_tokens)
@@ -331,7 +337,8 @@ def document_of(
         )
         for name, values in {"loss_mask": mask, **on_response}.items()
     }
-    return Document(tokens=np.array([*prompt_tokens, *response_tokens], np.int32), **columns)
+    tokens = np.array([*prompt_tokens, *response_tokens], np.int32)
+    return Document(tokens=tokens, document_id=document_id, **columns)
 
 
 def column_of(document: Document, name: str, topk: int) -> np.ndarray:

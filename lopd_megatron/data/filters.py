@@ -60,6 +60,7 @@ def rows_of(batch: RolloutBatch, keep: np.ndarray) -> RolloutBatch:
     in_topk = np.repeat(keep, batch.response_lengths * batch.topk)
     return replace(
         batch,
+        document_ids=batch.document_ids[keep],
         prompt_ids=batch.prompt_ids[keep],
         prompt_lengths=batch.prompt_lengths[keep],
         response_lengths=batch.response_lengths[keep],

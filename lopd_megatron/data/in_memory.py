@@ -27,4 +27,5 @@ def memory_dataset(documents: Sequence[Document]) -> Dataset:
         if getattr(first, name) is not None
     }
     lengths = np.array([len(document.tokens) for document in documents], np.int32)
-    return Dataset([Documents("documents in memory", values, lengths, topk)])
+    ids = [document.document_id for document in documents] if first.document_id else []
+    return Dataset([Documents("documents in memory", values, lengths, topk, ids)])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,8 @@ class StepBatch:
     """Prompt and response tokens of the whole step, without padding: what throughput counts."""
     sequence_lengths: np.ndarray
     """int32 [n]: tokens of each document of the whole step, all data-parallel ranks; for its FLOPs."""
+    document_name: Callable[[int], str] = "document {}".format
+    """How messages name a document, by its index in the dataset."""
 
 
 class StepLoader:
@@ -106,8 +109,8 @@ class StepLoader:
         limit = seq_length // self._round_to * self._round_to
         if longest > limit:
             raise UserError(
-                f"document {int(self._padded.argmax())} has {longest} tokens with its padding, a row has "
-                f"{limit}; raise data.seq_length or build the dataset with a lower one"
+                f"{dataset.document_name(int(self._padded.argmax()))} has {longest} tokens with its padding, "
+                f"a row has {limit}; raise data.seq_length or build the dataset with a lower one"
             )
         self._prefetch = ThreadPoolExecutor(1, thread_name_prefix="loader") if prefetch else None
         self._next: tuple[int, Future[StepBatch]] | None = None
@@ -153,6 +156,7 @@ class StepLoader:
             num_tokens=sum(trained),
             num_total_tokens=int(lengths.sum(dtype=np.int64)),
             sequence_lengths=lengths,
+            document_name=self.dataset.document_name,
         )
 
     def _microbatches(

@@ -47,7 +47,7 @@ class Manifest(BaseModel):
     stops: dict[str, Any] | None = None
     """How the responses end: see `stops.StopCounts.summary`; None: not counted."""
     files: dict[str, FileEntry]
-    """`<column>.bin` and `<column>.idx`, without the prefix."""
+    """`<column>.bin`, `<column>.idx`, and `document_ids.txt` where documents have ids; without the prefix."""
     lineage: Lineage
     fingerprint: str = ""
     """SHA-256 over all other fields; the content hash of the dataset."""

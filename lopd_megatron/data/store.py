@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from lopd_megatron.data.column_files import IndexedColumn, open_column
+from lopd_megatron.data.document_ids import DOCUMENT_IDS, document_name, read_id
 from lopd_megatron.data.manifest import Manifest, manifest_path, read_manifest
 from lopd_megatron.data.writer import are_logprobs
 from lopd_megatron.errors import UserError
@@ -20,8 +21,16 @@ _VERIFY_BLOCK = 1 << 22
 class Documents:
     """Columns of documents end to end. `values[name]` is a whole column, `offsets` [n + 1] are in tokens."""
 
-    def __init__(self, prefix: str, values: dict[str, np.ndarray], lengths: np.ndarray, topk: int) -> None:
+    def __init__(
+        self,
+        prefix: str,
+        values: dict[str, np.ndarray],
+        lengths: np.ndarray,
+        topk: int,
+        document_ids: Sequence[str] = (),
+    ) -> None:
         self.prefix = prefix
+        self._ids = document_ids
         self.values = values
         self.lengths = lengths
         self.topk = topk
@@ -30,6 +39,10 @@ class Documents:
     def width(self, name: str) -> int:
         """Values per token of a column."""
         return self.topk if COLUMNS[name].per_topk else 1
+
+    def document_id(self, place: int) -> str:
+        """The id of a document; empty where the documents have none."""
+        return self._ids[place] if self._ids else ""
 
 
 class Prefix(Documents):
@@ -50,6 +63,10 @@ class Prefix(Documents):
         super().__init__(prefix, values, np.asarray(columns["tokens"].lengths), self.manifest.topk)
         for name, column in columns.items():
             self._check_lengths(name, column)
+
+    def document_id(self, place: int) -> str:
+        """The id of a document; empty in a dataset of a version that kept none."""
+        return read_id(self.prefix, place) if DOCUMENT_IDS in self.manifest.files else ""
 
     def verify(self) -> None:
         """Hash every byte and check every value; a UserError names the file. Reads the whole dataset once."""
@@ -100,6 +117,11 @@ class Dataset:
             raise IndexError(f"document {index} of {len(self)}")
         part = int(np.searchsorted(self._first, index, side="right")) - 1
         return self.prefixes[part], index - int(self._first[part])
+
+    def document_name(self, index: int) -> str:
+        """How messages name a document: its index and, where it has one, its id."""
+        part, place = self.locate(index)
+        return document_name(index, part.document_id(place))
 
     def spans(self, documents: np.ndarray) -> list[Span]:
         """Where the columns of many documents lie: (part, first token, token behind the last) of each."""

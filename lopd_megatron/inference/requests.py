@@ -35,6 +35,8 @@ class GenerationRequest:
     key: Key
     prompt_tokens: list[int]
     seed: int
+    document_id: str = ""
+    """Names the document that the answer becomes, where no shard does."""
 
 
 @dataclass(frozen=True)

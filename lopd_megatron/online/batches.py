@@ -156,8 +156,9 @@ class OnlineRollouts(Hook):
         requests = []
         for place in range(consumed, consumed + count):
             prompt = self.prompts[chosen[place // samples - first]]
-            seed = document_seed(rollouts.seed, f"{prompt.prompt_id}/{place % samples}/{place}")
-            requests.append(GenerationRequest((0, place), prompt.tokens, seed))
+            name = f"{prompt.prompt_id}/{place % samples}/{place}"
+            seed = document_seed(rollouts.seed, name)
+            requests.append(GenerationRequest((0, place), prompt.tokens, seed, name))
         return requests
 
     def _sync(self, trainer: Trainer) -> None:
@@ -185,7 +186,7 @@ class OnlineRollouts(Hook):
         student = self.engines.student
         student.reload(folder, version)
         requests = [
-            GenerationRequest((0, place), prompt.tokens, document_seed(0, prompt.prompt_id))
+            GenerationRequest((0, place), prompt.tokens, document_seed(0, prompt.prompt_id), prompt.prompt_id)
             for place, prompt in enumerate(self.prompts[: self.config.online.sync_documents])
         ]
         self._probe = self._probe or student.generate(requests, self.engines.sampling)
@@ -245,13 +246,13 @@ def documents_of(
 ) -> list[Document]:
     """Scored rollouts as the columns of a dataset, token-aligned."""
     return [
-        _document(request.prompt_tokens, rollout, scored)
+        _document(request, rollout, scored)
         for request, rollout, scored in zip(requests, rollouts, scores, strict=True)
     ]
 
 
-def _document(prompt: list[int], rollout: Generation, scored: Score) -> Document:
+def _document(request: GenerationRequest, rollout: Generation, scored: Score) -> Document:
     columns = {"teacher_logprobs": scored.logprobs, "rollout_logprobs": rollout.logprobs}
     if scored.topk_ids.shape[1]:
         columns |= {"teacher_topk_ids": scored.topk_ids, "teacher_topk_logprobs": scored.topk_logprobs}
-    return document_of(prompt, rollout.response_tokens, **columns)
+    return document_of(request.document_id, request.prompt_tokens, rollout.response_tokens, **columns)

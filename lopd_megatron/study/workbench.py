@@ -116,6 +116,7 @@ class Workbench:
                 (0, place * samples + sample),
                 prompt.tokens,
                 document_seed(seed, f"{prompt.prompt_id}/{sample}"),
+                f"{prompt.prompt_id}/{sample}",
             )
             for place, prompt in enumerate(prompts)
             for sample in range(samples)

@@ -35,7 +35,7 @@ def train_step(trainer: Trainer, batch: StepBatch) -> StepResult:
     trainer.optimizer.zero_grad()
     outputs = run_microbatches(trainer, batch, forward_only=False)
     metric_sums = pool_metric_sums([output.metric_sums for output in outputs], trainer)
-    check_finite(trainer, metric_sums)
+    check_finite(trainer, metric_sums, batch)
     learning_rate = current_learning_rate(trainer.optimizer)
     _, grad_norm, _ = trainer.optimizer.step()
     if not math.isfinite(grad_norm):
@@ -129,13 +129,13 @@ def pool_metric_sums(parts: list[dict[str, torch.Tensor]], trainer: Trainer) -> 
     return pooled
 
 
-def check_finite(trainer: Trainer, metric_sums: dict[str, torch.Tensor]) -> None:
+def check_finite(trainer: Trainer, metric_sums: dict[str, torch.Tensor], batch: StepBatch) -> None:
     """A UserError on every rank that names the document, if the loss of any token was not finite.
 
     Decided from the pooled sums, which all ranks have; only then one gather of who saw it.
     """
     try:
-        trainer.loss.finite.raise_if_any(metric_sums)
+        trainer.loss.finite.raise_if_any(metric_sums, batch.document_name)
     except NonFiniteLoss as error:
         messages = [""] * trainer.topology.world_size
         dist.all_gather_object(messages, str(error))

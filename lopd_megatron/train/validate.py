@@ -93,7 +93,7 @@ class ValidateHook(Hook):
         by_document = DocumentSums(self.metric, len(self.dataset), topology.device)
         validated, outputs = held_out_pass(trainer, self.config, self.batch, by_document)
         sums = pool_metric_sums([output.metric_sums for output in outputs], validated)
-        check_finite(validated, sums)
+        check_finite(validated, sums, self.batch)
         groups = [topology.dp_cp_group, topology.pp_group]
         values, tokens, estimates = by_document.pooled(groups)
         has_estimate = {"teacher_logprobs", "rollout_logprobs"} <= self.dataset.columns
