@@ -222,9 +222,13 @@ class _Part:
         special_ids: Collection[int] | None,
     ) -> None:
         self.name, self.writer, self.split, self.filters = name, writer, split, filters
-        state = writer.state or {"sources": 0, "dropped": dict.fromkeys(filters.reasons, 0), "kept": {}}
+        state = writer.state or {
+            "sources": 0,
+            "dropped": dict.fromkeys(filters.reasons, 0),
+            "flagged_kept": {},
+        }
         self.sources: int = state["sources"]
-        self.dropped, self.kept = Counter(state["dropped"]), Counter(state["kept"])
+        self.dropped, self.flagged_kept = Counter(state["dropped"]), Counter(state["flagged_kept"])
         counted = special_ids is not None
         self.stops = StopCounts(special_ids or (), state.get("stops")) if counted else None
 
@@ -237,7 +241,7 @@ class _Part:
             rows_of(batch, held_out if self.name == VALID else ~held_out),
             self.filters,
             self.dropped,
-            self.kept,
+            self.flagged_kept,
         )
         if batch.topk != self.writer.topk and batch.response_lengths.any():
             raise ValueError(f"k = {batch.topk} teacher tokens, the first file has {self.writer.topk}")
@@ -248,7 +252,7 @@ class _Part:
 
     def save_point(self, sources: int) -> None:
         self.sources = sources
-        state = {"sources": sources, "dropped": dict(self.dropped), "kept": dict(self.kept)}
+        state = {"sources": sources, "dropped": dict(self.dropped), "flagged_kept": dict(self.flagged_kept)}
         if self.stops is not None:
             state["stops"] = self.stops.state
         self.writer.save_point(state)
@@ -260,7 +264,7 @@ class _Part:
             lineage,
             filters=filters,
             dropped=dict(self.dropped),
-            kept=dict(self.kept),
+            flagged_kept=dict(self.flagged_kept),
             alignment=alignment,
             stops=self.stops.summary(has_teacher, has_k2) if self.stops else None,
         )

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from lopd_megatron.data.order import Order
-from lopd_megatron.data.packing import CROSSOVER_8B, plan_step
-from lopd_megatron.data.store import Dataset, Documents, Span
+from lopd_megatron.data.packing import ATTENTION_CROSSOVER_LENGTH_8B, plan_step
+from lopd_megatron.data.store import ConcatDataset, DocumentColumns, Span
 from lopd_megatron.errors import UserError
 from lopd_megatron.parallel.context import zigzag_indices
 from lopd_megatron.records import COLUMNS, MicroBatch
@@ -77,7 +77,7 @@ class StepLoader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: ConcatDataset,
         *,
         seed: int,
         global_batch_size: int,
@@ -90,7 +90,7 @@ class StepLoader:
         num_microbatches_multiple_of: int = 1,
         pad_to_multiple_of: int = 1,
         columns: frozenset[str] | None = None,
-        flop_crossover: float = CROSSOVER_8B,
+        attention_crossover_length: float = ATTENTION_CROSSOVER_LENGTH_8B,
         prefetch: bool = False,
     ) -> None:
         self.dataset = dataset
@@ -102,7 +102,7 @@ class StepLoader:
         self._document_multiple = 1 if context_parallel_size == 1 else 2 * context_parallel_size
         self._round_to = math.lcm(self._document_multiple, pad_to_multiple_of * context_parallel_size)
         self._multiple_of = num_microbatches_multiple_of
-        self._crossover = flop_crossover
+        self._attention_crossover_length = attention_crossover_length
         self._capacity = micro_batch_size * seq_length // self._round_to * self._round_to
         self._padded = _round_up(dataset.lengths, self._document_multiple)
         longest = int(self._padded.max())
@@ -143,7 +143,7 @@ class StepLoader:
             capacity=self._capacity,
             multiple_of=self._multiple_of,
             round_to=self._round_to,
-            crossover=self._crossover,
+            attention_crossover_length=self._attention_crossover_length,
         )
         spans = self.dataset.spans(documents)
         trained = [_count_trained(*span) for span in spans]
@@ -264,12 +264,12 @@ class StepLoader:
         np.concatenate(pieces, out=out, casting="safe")
 
 
-def _count_trained(part: Documents, first: int, stop: int) -> int:
+def _count_trained(part: DocumentColumns, first: int, stop: int) -> int:
     """Trained tokens of a document; the first token is never one."""
     return int(np.count_nonzero(part.values["loss_mask"][first:stop]))
 
 
-def _check_columns(dataset: Dataset, columns: frozenset[str] | None) -> frozenset[str]:
+def _check_columns(dataset: ConcatDataset, columns: frozenset[str] | None) -> frozenset[str]:
     present = {field for field, (column, _) in TOKEN_FIELDS.items() if column in dataset.columns}
     if columns is None:
         return frozenset(present) | COMPUTED_FIELDS

@@ -18,7 +18,7 @@ from lopd_megatron.records import COLUMNS
 _VERIFY_BLOCK = 1 << 22
 
 
-class Documents:
+class DocumentColumns:
     """Columns of documents end to end. `values[name]` is a whole column, `offsets` [n + 1] are in tokens."""
 
     def __init__(
@@ -45,7 +45,7 @@ class Documents:
         return self._ids[place] if self._ids else ""
 
 
-class Prefix(Documents):
+class MappedDataset(DocumentColumns):
     """One dataset on disk, its columns mapped."""
 
     def __init__(self, prefix: str) -> None:
@@ -95,13 +95,13 @@ class Prefix(Documents):
             )
 
 
-Span = tuple[Documents, int, int]
+Span = tuple[DocumentColumns, int, int]
 
 
-class Dataset:
+class ConcatDataset:
     """Documents of one or several prefixes, one after another. Values are token-aligned."""
 
-    def __init__(self, prefixes: Sequence[Documents]) -> None:
+    def __init__(self, prefixes: Sequence[DocumentColumns]) -> None:
         self.prefixes = prefixes
         self.lengths = np.concatenate([part.lengths for part in prefixes])  # int32 [n], tokens
         self.columns = frozenset.intersection(*(frozenset(part.values) for part in prefixes))
@@ -111,7 +111,7 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def locate(self, index: int) -> tuple[Documents, int]:
+    def locate(self, index: int) -> tuple[DocumentColumns, int]:
         """The prefix that holds document `index`, and the document's place in it."""
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
@@ -148,30 +148,30 @@ class Dataset:
 
     @property
     def manifests(self) -> list[Manifest]:
-        return [part.manifest for part in self.prefixes if isinstance(part, Prefix)]
+        return [part.manifest for part in self.prefixes if isinstance(part, MappedDataset)]
 
     def verify(self) -> None:
-        """Full check of all prefixes; see `Prefix.verify`."""
+        """Full check of all prefixes; see `MappedDataset.verify`."""
         for part in self.prefixes:
-            if isinstance(part, Prefix):
+            if isinstance(part, MappedDataset):
                 part.verify()
 
 
-def open_dataset(prefixes: Sequence[str | Path]) -> Dataset:
+def open_dataset(prefixes: Sequence[str | Path]) -> ConcatDataset:
     """Open finished datasets. Costs milliseconds and no memory: pages are shared with all other readers.
 
     UserError where a file is missing, short, or not what the manifest says; only `verify` hashes bytes.
     """
     if not prefixes:
         raise UserError("no dataset is given; set data.prefixes or build one with lopd dataset")
-    parts = [Prefix(str(prefix)) for prefix in prefixes]
+    parts = [MappedDataset(str(prefix)) for prefix in prefixes]
     for part in parts[1:]:
         if part.topk != parts[0].topk:
             raise UserError(
                 f"{part.prefix} has k = {part.topk} teacher tokens, {parts[0].prefix} has {parts[0].topk}; "
                 "train on datasets of one k"
             )
-    return Dataset(parts)
+    return ConcatDataset(parts)
 
 
 def _are_valid(name: str, values: np.ndarray) -> bool:

@@ -158,7 +158,7 @@ class DatasetWriter:
         *,
         filters: dict[str, Any] | None = None,
         dropped: dict[str, int] | None = None,
-        kept: dict[str, int] | None = None,
+        flagged_kept: dict[str, int] | None = None,
         alignment: dict[str, Any] | None = None,
         stops: dict[str, Any] | None = None,
     ) -> Manifest:
@@ -180,7 +180,7 @@ class DatasetWriter:
                 lengths=length_histogram(lengths),
                 filters=filters or {},
                 dropped=dropped or {},
-                kept=kept or {},
+                flagged_kept=flagged_kept or {},
                 alignment=alignment,
                 stops=stops,
                 files=files,

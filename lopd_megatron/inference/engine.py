@@ -36,9 +36,9 @@ from lopd_megatron.inference.requests import (
     Generation,
     GenerationRequest,
     Sampling,
-    Score,
     ScoreRequest,
     ScoringPath,
+    TokenScores,
 )
 from lopd_megatron.inference.sizes import check_fits, read_shape
 
@@ -145,7 +145,7 @@ class VllmEngine:
 
     def score(
         self, requests: Iterable[ScoreRequest], *, topk: int, path: ScoringPath
-    ) -> Iterator[Score | Failure]:
+    ) -> Iterator[TokenScores | Failure]:
         """Log-probs at temperature 1 of exactly the given ids, float32; `scoring` describes the paths."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -167,7 +167,7 @@ class VllmEngine:
             return SamplingParams(**common, prompt_logprobs=topk)
 
         if native:
-            read: Callable[..., Score] = read_native
+            read: Callable[..., TokenScores] = read_native
         else:
             read = partial(read_stock if path == "stock" else read_tensors, topk=topk)
         keep = contextlib.nullcontext() if native or path == "stock" else _prompt_logprobs_as_tensors()

@@ -57,7 +57,7 @@ class ScoreRequest:
 
 
 @dataclass(frozen=True)
-class Score:
+class TokenScores:
     key: Key
     logprobs: np.ndarray  # float32 [r]
     topk_ids: np.ndarray  # int32 [r, k], most likely first
@@ -86,7 +86,7 @@ class Engine(Protocol):
 
     def score(
         self, requests: Iterable[ScoreRequest], *, topk: int, path: ScoringPath
-    ) -> Iterator[Score | Failure]: ...
+    ) -> Iterator[TokenScores | Failure]: ...
 
     def close(self) -> None: ...
 

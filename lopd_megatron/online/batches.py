@@ -31,8 +31,8 @@ from lopd_megatron.inference.requests import (
     Generation,
     GenerationRequest,
     Sampling,
-    Score,
     ScoreRequest,
+    TokenScores,
     document_seed,
 )
 from lopd_megatron.loss import finalize_metrics
@@ -43,7 +43,7 @@ from lopd_megatron.train.step import pool_metric_sums, run_microbatches
 
 
 class Scorer(Protocol):
-    def score(self, requests: Iterable[ScoreRequest], *, topk: int) -> list[Score]: ...
+    def score(self, requests: Iterable[ScoreRequest], *, topk: int) -> list[TokenScores]: ...
 
 
 class Sampler(Scorer, Protocol):
@@ -228,7 +228,7 @@ def pack(config: RunConfig, trainer: Trainer, documents: list[Document]) -> Step
 
 def score(
     scorer: Scorer, requests: Sequence[GenerationRequest], rollouts: Sequence[Generation], topk: int
-) -> list[Score]:
+) -> list[TokenScores]:
     """Scores of rollouts, in their order."""
     return scorer.score(
         [
@@ -242,7 +242,7 @@ def score(
 
 
 def documents_of(
-    requests: Sequence[GenerationRequest], rollouts: Sequence[Generation], scores: Sequence[Score]
+    requests: Sequence[GenerationRequest], rollouts: Sequence[Generation], scores: Sequence[TokenScores]
 ) -> list[Document]:
     """Scored rollouts as the columns of a dataset, token-aligned."""
     return [
@@ -251,7 +251,7 @@ def documents_of(
     ]
 
 
-def _document(request: GenerationRequest, rollout: Generation, scored: Score) -> Document:
+def _document(request: GenerationRequest, rollout: Generation, scored: TokenScores) -> Document:
     columns = {"teacher_logprobs": scored.logprobs, "rollout_logprobs": rollout.logprobs}
     if scored.topk_ids.shape[1]:
         columns |= {"teacher_topk_ids": scored.topk_ids, "teacher_topk_logprobs": scored.topk_logprobs}

@@ -30,8 +30,8 @@ from lopd_megatron.inference.requests import (
     Generation,
     GenerationRequest,
     Sampling,
-    Score,
     ScoreRequest,
+    TokenScores,
     document_seed,
 )
 from lopd_megatron.online.batches import Engines, OnlineRollouts, Prompt, documents_of, score
@@ -73,7 +73,7 @@ class LocalModel:
         with self.bench.lock:
             return _in_order(self.bench.engine(self.folder).generate(requests, sampling))
 
-    def score(self, requests: Iterable[ScoreRequest], *, topk: int) -> list[Score]:
+    def score(self, requests: Iterable[ScoreRequest], *, topk: int) -> list[TokenScores]:
         with self.bench.lock:
             return _in_order(self.bench.engine(self.folder).score(requests, topk=topk, path="flat"))
 
@@ -146,7 +146,7 @@ class Workbench:
         requests, rollouts = self.rollouts(generator, prompts, seed=seed, samples=samples)
         sampled = time.process_time()
         if teacher is None:
-            scores = [Score(r.key, r.logprobs, *_no_topk(len(r.logprobs))) for r in rollouts]
+            scores = [TokenScores(r.key, r.logprobs, *_no_topk(len(r.logprobs))) for r in rollouts]
         else:
             scores = score(LocalModel(self, teacher), requests, rollouts, topk)
         scored = time.process_time()

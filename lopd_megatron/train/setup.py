@@ -13,7 +13,7 @@ import torch
 from lopd_megatron.config import RunConfig
 from lopd_megatron.config.objectives import objective_spec
 from lopd_megatron.data.loader import StepLoader
-from lopd_megatron.data.store import Dataset, open_dataset
+from lopd_megatron.data.store import ConcatDataset, open_dataset
 from lopd_megatron.loss import Loss
 from lopd_megatron.model.flops import forward_flops
 from lopd_megatron.parallel import fixes
@@ -78,7 +78,7 @@ def build_loader(
     config: RunConfig,
     spec: StudentSpec,
     topology: Topology,
-    dataset: Dataset | None = None,
+    dataset: ConcatDataset | None = None,
     *,
     measured: bool = False,
 ) -> StepLoader:
@@ -102,7 +102,7 @@ def build_loader(
         num_microbatches_multiple_of=topology.pp_size if topology.virtual_size > 1 else 1,
         pad_to_multiple_of=topology.tp_size if parallel.sequence_parallel else 1,
         columns=needed_columns(config, topology, dataset.columns, measured),
-        flop_crossover=crossover_length(spec),
+        attention_crossover_length=attention_crossover_length(spec),
         prefetch=topology.device.type == "cuda",
     )
 
@@ -124,7 +124,7 @@ def needed_columns(
     return frozenset(needed)
 
 
-def crossover_length(spec: StudentSpec) -> float:
+def attention_crossover_length(spec: StudentSpec) -> float:
     """Document length at which attention costs as much as everything else, from two exact FLOP counts."""
     one, two = (forward_flops(spec, [length]) for length in (1, 2))
     per_pair = two - 2 * one  # f(s) = linear · s + pair · s (s + 1) / 2

@@ -71,7 +71,7 @@ class StepResult:
     metric_sums: dict[str, torch.Tensor]  # name → float64 [2]: numerator, denominator over the whole batch
     num_tokens: int  # prompt and response tokens of the whole batch, without padding
     grad_norm: float  # before clipping
-    learning_rate: float  # that this step used
+    lr: float  # that this step used
     flops: float  # of the whole batch, forward and backward, without recomputation
     seconds: float
 

@@ -36,7 +36,7 @@ def train_step(trainer: Trainer, batch: StepBatch) -> StepResult:
     outputs = run_microbatches(trainer, batch, forward_only=False)
     metric_sums = pool_metric_sums([output.metric_sums for output in outputs], trainer)
     check_finite(trainer, metric_sums, batch)
-    learning_rate = current_learning_rate(trainer.optimizer)
+    lr = current_learning_rate(trainer.optimizer)
     _, grad_norm, _ = trainer.optimizer.step()
     if not math.isfinite(grad_norm):
         raise UserError(
@@ -48,7 +48,7 @@ def train_step(trainer: Trainer, batch: StepBatch) -> StepResult:
         metric_sums=metric_sums,
         num_tokens=batch.num_total_tokens,
         grad_norm=grad_norm,
-        learning_rate=learning_rate,
+        lr=lr,
         flops=train_flops(trainer.spec, batch.sequence_lengths.tolist(), head_tokens=batch.num_tokens),
         seconds=time.perf_counter() - start,
     )

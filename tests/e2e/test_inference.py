@@ -17,8 +17,8 @@ from lopd_megatron.inference.requests import (
     Generation,
     GenerationRequest,
     Sampling,
-    Score,
     ScoreRequest,
+    TokenScores,
     document_seed,
 )
 from lopd_megatron.inference.score_paths import choose_path
@@ -91,7 +91,7 @@ def test_scores_equal_transformers(scorer, models, documents, path, topk) -> Non
     answers = in_order(scorer.score(documents, topk=topk, path=path))
     shifted = []
     for request, answer in zip(documents, answers, strict=True):
-        assert isinstance(answer, Score)
+        assert isinstance(answer, TokenScores)
         table = reference(models["a"], request.tokens)[request.start - 1 : -1]
         rows, given = np.arange(len(table)), request.tokens[request.start :]
         assert np.abs(answer.logprobs - table[rows, given]).max() < TOLERANCE

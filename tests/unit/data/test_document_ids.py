@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -90,11 +92,18 @@ def test_a_dataset_without_ids_opens(built: Path, tmp_path: Path) -> None:
             (tmp_path / name).write_bytes(content)
     manifest = read_manifest(built)
     files = {name: entry for name, entry in manifest.files.items() if name != DOCUMENT_IDS}
-    old = manifest.model_copy(update={"files": files}).sealed()
-    write_json(manifest_path(tmp_path / "train"), old.model_dump(mode="json"))
+    old = manifest.model_copy(update={"files": files}).model_dump(mode="json", exclude={"fingerprint"})
+    old["kept"] = old.pop("flagged_kept")
+    old["fingerprint"] = hashlib.sha256(json.dumps(old, sort_keys=True).encode()).hexdigest()
+    write_json(manifest_path(tmp_path / "train"), old)
     dataset = open_dataset([tmp_path / "train"])
     dataset.verify()
     assert dataset.document_name(3) == "document 3"
+    assert dataset.manifests[0].flagged_kept == manifest.flagged_kept
+    old["kept"] = {"truncated": 99}
+    write_json(manifest_path(tmp_path / "train"), old)
+    with pytest.raises(UserError, match="was changed after it was written"):
+        open_dataset([tmp_path / "train"])
 
 
 def test_documents_of_a_program(tmp_path: Path) -> None:
