@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lopd_megatron.config import EngineConfig
-from lopd_megatron.inference.engine import VllmEngine, _lost_engines, take_apart_closed
+from lopd_megatron.inference.engine import VllmEngine, _lost_engines, shutdown_pending_engines
 from lopd_megatron.inference.requests import (
     Failure,
     Generation,
@@ -43,7 +43,7 @@ def environment() -> Iterator[None]:
     """An engine in this process sets variables and a process group that later tests must not inherit."""
     before = dict(os.environ)
     yield
-    take_apart_closed()
+    shutdown_pending_engines()
     assert not torch.distributed.is_initialized()
     os.environ.clear()
     os.environ.update(before)
