@@ -82,6 +82,8 @@ class Column:
     dtype: type[np.generic]
     per_topk: bool = False
     """k values per token, row-major, so a document of s tokens has s·k values."""
+    on_prompt: float = 0
+    """What stands at prompt tokens, which have no value of their own."""
 
 
 COLUMNS = {
@@ -89,9 +91,9 @@ COLUMNS = {
     for column in (
         Column("tokens", np.int32),  # prompt + response
         Column("loss_mask", np.uint8),  # 1 where the token is a trained response token
-        Column("teacher_logprobs", np.float32),  # 0.0 on prompt tokens
-        Column("rollout_logprobs", np.float32),  # 0.0 on prompt tokens
-        Column("teacher_topk_ids", np.int32, per_topk=True),  # −1 on prompt tokens
+        Column("teacher_logprobs", np.float32),
+        Column("rollout_logprobs", np.float32),
+        Column("teacher_topk_ids", np.int32, per_topk=True, on_prompt=-1),
         # float16 bits stored through uint16, which IndexedDataset has and float16 it has not
         Column("teacher_topk_logprobs", np.uint16, per_topk=True),
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lopd_megatron.imports import quick_imports
+from tests.helpers.imports import quick_imports
 
 NEMO_RUN = "tests/slurm/test_nemo_run.py"
 SLOW_FIRST = (

@@ -103,7 +103,7 @@ def checked(config: RunConfig, lineage: Lineage, origin: Path) -> str:
 
 
 def report(config: RunConfig, manifest: Manifest) -> None:
-    counts = {**manifest.dropped, **{f"{name} (kept)": n for name, n in manifest.kept.items()}}
+    counts = {**manifest.dropped, **{f"{name} (kept)": n for name, n in manifest.flagged_kept.items()}}
     say(
         f"{config.paths.dataset_prefix}: {manifest.documents} documents, {manifest.tokens} tokens, "
         f"{manifest.trained_tokens} trained; left out: " + ", ".join(f"{k} {n}" for k, n in counts.items())

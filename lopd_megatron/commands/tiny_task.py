@@ -23,7 +23,6 @@ import numpy as np
 from lopd_megatron.data.build_dataset import Document, write_dataset
 from lopd_megatron.errors import UserError
 from lopd_megatron.files import atomic_path, write_json
-from lopd_megatron.imports import quick_imports
 from lopd_megatron.progress import say
 from lopd_megatron.recipes import tiny_task as task
 
@@ -110,9 +109,8 @@ def write_problems(path: Path, problems: task.Problems, split: str) -> None:
 
 def save_random_model(folder: Path, shape: dict[str, int], seed: int) -> None:
     """A Qwen3 model with random fp32 weights, and the tokenizer."""
-    with quick_imports():
-        import torch
-        from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+    import torch
+    from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(seed)
     eos = task.VOCABULARY.index("<eos>")

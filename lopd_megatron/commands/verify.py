@@ -34,8 +34,8 @@ def main() -> int:
     wanted = config.data.alignment_sample if options.documents is None else options.documents
     samples = []
     for index in sample_indices(len(dataset), wanted or len(dataset)):
-        columns = dataset.document(index)
-        samples.append(Sample(index, *(columns[n] for n in ("tokens", "loss_mask", "rollout_logprobs"))))
+        part, place = dataset.locate(index)
+        samples.append(Sample.of(index, dataset.document(index), part.document_id(place)))
     with open_scorer(config, model, options.scorer) as scorer:
         report = compare(samples, scorer, config.data.alignment_tolerance)
     print(json.dumps(report.as_dict()))

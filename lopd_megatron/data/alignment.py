@@ -8,13 +8,14 @@ one, another temperature, another model or a swapped document gives tenths of na
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lopd_megatron.data.document_ids import document_name
 from lopd_megatron.data.teacher_proof import check_shift
 from lopd_megatron.errors import UserError
 
@@ -34,6 +35,18 @@ class Sample:
     loss_mask: np.ndarray  # [s]
     rollout_logprobs: np.ndarray  # float32 [s]
     teacher_logprobs: np.ndarray | None = None  # float32 [s]
+    document_id: str = ""
+
+    @classmethod
+    def of(cls, index: int, columns: Mapping[str, np.ndarray], document_id: str) -> Sample:
+        """The sample of a document of a dataset, from its columns."""
+        tokens, mask, rollout = (columns[name] for name in ("tokens", "loss_mask", "rollout_logprobs"))
+        return cls(index, tokens, mask, rollout, columns.get("teacher_logprobs"), document_id)
+
+    @property
+    def name(self) -> str:
+        """Index and id, as messages name a document."""
+        return document_name(self.index, self.document_id)
 
     @property
     def prompt_length(self) -> int:
@@ -61,6 +74,8 @@ class AlignmentReport:
     tolerance: float
     diagnosis: str
     """Empty where the proof holds."""
+    worst_document_id: str = ""
+    """The id of `worst_document`; empty where the dataset has none."""
 
     @property
     def holds(self) -> bool:
@@ -69,11 +84,15 @@ class AlignmentReport:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def worst_name(self) -> str:
+        return document_name(self.worst_document, self.worst_document_id)
+
     def line(self) -> str:
         return (
             f"{self.documents} documents, {self.tokens} tokens: mean |difference| "
             f"{self.mean_abs_difference:.2e} nats (limit {self.tolerance:g}), max "
-            f"{self.max_abs_difference:.2e} at document {self.worst_document}, token {self.worst_position}"
+            f"{self.max_abs_difference:.2e} at {self.worst_name}, token {self.worst_position}"
         )
 
 
@@ -94,7 +113,7 @@ def compare(samples: Sequence[Sample], scorer: Scorer, tolerance: float) -> Alig
     for sample, new, old in zip(samples, rescored, stored, strict=True):
         if len(new) != len(old) or not np.isfinite(new).all():
             raise UserError(
-                f"document {sample.index}: {len(new)} log-probs came back for {len(old)} tokens, or one is "
+                f"{sample.name}: {len(new)} log-probs came back for {len(old)} tokens, or one is "
                 "not finite; check the model and its precision"
             )
     differences = [
@@ -115,6 +134,7 @@ def compare(samples: Sequence[Sample], scorer: Scorer, tolerance: float) -> Alig
         mean_difference=float(sum(d.sum() for d in differences) / total),
         root_mean_square=float(np.sqrt(sum(np.square(d).sum() for d in differences) / total)),
         worst_document=samples[worst].index,
+        worst_document_id=samples[worst].document_id,
         worst_position=samples[worst].prompt_length + place,
         worst_document_mean=max(means),
         tolerance=tolerance,

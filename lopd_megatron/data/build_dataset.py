@@ -82,12 +82,15 @@ class Document:
     rollout_logprobs: np.ndarray | None = None  # [s]
     teacher_topk_ids: np.ndarray | None = None  # [s, k]
     teacher_topk_logprobs: np.ndarray | None = None  # [s, k] float
+    document_id: str = ""
 
 
 def write_dataset(
     prefix: str | Path, documents: Iterable[Document], lineage: Lineage | None = None
 ) -> Manifest:
-    """Write documents that a program makes; all must have the columns of the first. Replaces what was there.
+    """Write documents that a program makes. Replaces what was there.
+
+    All must have the columns of the first, and an id where the first has one.
 
     Memory: 512 documents and 4 bytes for each.
     """
@@ -98,13 +101,15 @@ def write_dataset(
         raise UserError(f"{prefix}: there is no document to write")
     columns = [name for name in COLUMNS if getattr(first, name) is not None]
     topk = 0 if first.teacher_topk_ids is None else int(np.asarray(first.teacher_topk_ids).shape[1])
-    with DatasetWriter(prefix, columns, topk, {"source": "documents"}) as writer:
+    has_ids = bool(first.document_id)
+    with DatasetWriter(prefix, columns, topk, {"source": "documents"}, has_ids=has_ids) as writer:
         for chunk in _chunks(_with_first(first, stream), 512):
             values = {
                 name: np.concatenate([column_of(document, name, topk) for document in chunk])
                 for name in columns
             }
-            writer.append(np.array([len(document.tokens) for document in chunk]), values)
+            lengths = np.array([len(document.tokens) for document in chunk])
+            writer.append(lengths, values, [document.document_id for document in chunk])
         return writer.commit(lineage or Lineage())
 
 
@@ -189,7 +194,7 @@ def build_from(
                 _refuse_other(there, where, parents, described)
                 continue
             settings = {"sources": parents, "filters": described}
-            writer = stack.enter_context(DatasetWriter(where, columns, topk, settings))
+            writer = stack.enter_context(DatasetWriter(where, columns, topk, settings, has_ids=True))
             parts.append(_Part(name, writer, split, filters, special_ids))
         _fill(parts, sources, prefix, vocab_size)
         for part in parts:
@@ -256,9 +261,13 @@ class _Part:
         special_ids: Collection[int] | None,
     ) -> None:
         self.name, self.writer, self.split, self.filters = name, writer, split, filters
-        state = writer.state or {"sources": 0, "dropped": dict.fromkeys(filters.reasons, 0), "kept": {}}
+        state = writer.state or {
+            "sources": 0,
+            "dropped": dict.fromkeys(filters.reasons, 0),
+            "flagged_kept": {},
+        }
         self.sources: int = state["sources"]
-        self.dropped, self.kept = Counter(state["dropped"]), Counter(state["kept"])
+        self.dropped, self.flagged_kept = Counter(state["dropped"]), Counter(state["flagged_kept"])
         counted = special_ids is not None
         self.stops = StopCounts(special_ids or (), state.get("stops")) if counted else None
 
@@ -271,17 +280,18 @@ class _Part:
             rows_of(batch, held_out if self.name == VALID else ~held_out),
             self.filters,
             self.dropped,
-            self.kept,
+            self.flagged_kept,
         )
         if batch.topk != self.writer.topk and batch.response_lengths.any():
             raise ValueError(f"k = {batch.topk} teacher tokens, the first file has {self.writer.topk}")
-        self.writer.append(chosen.prompt_lengths + chosen.response_lengths, flat_columns(chosen))
+        lengths = chosen.prompt_lengths + chosen.response_lengths
+        self.writer.append(lengths, flat_columns(chosen), chosen.document_ids.tolist())
         if self.stops is not None:
             self.stops.add(chosen)
 
     def save_point(self, sources: int) -> None:
         self.sources = sources
-        state = {"sources": sources, "dropped": dict(self.dropped), "kept": dict(self.kept)}
+        state = {"sources": sources, "dropped": dict(self.dropped), "flagged_kept": dict(self.flagged_kept)}
         if self.stops is not None:
             state["stops"] = self.stops.state
         self.writer.save_point(state)
@@ -300,7 +310,7 @@ class _Part:
             lineage,
             filters=filters,
             dropped=dict(self.dropped),
-            kept=dict(self.kept),
+            flagged_kept=dict(self.flagged_kept),
             alignment=alignment,
             stops=self.stops.summary(has_teacher, has_k2) if self.stops else None,
             vocab_size=vocab_size,
@@ -356,19 +366,33 @@ def flat_columns(batch: RolloutBatch) -> dict[str, np.ndarray]:
     tokens = np.empty(len(is_response), np.int32)
     tokens[~is_response] = batch.prompt_tokens
     tokens[is_response] = batch.response_tokens
-    columns: dict[str, np.ndarray] = {"tokens": tokens, "loss_mask": is_response.astype(np.uint8)}
-    columns["loss_mask"][is_response] = batch.response_mask
-    for name, values in batch.logprobs.items():
-        columns[name] = np.zeros(len(is_response), np.float32)
-        columns[name][is_response] = values
+    on_response = {"loss_mask": batch.response_mask, **batch.logprobs}
     if batch.topk:
-        ids = np.full((len(is_response), batch.topk), -1, np.int32)
-        ids[is_response] = batch.topk_ids.reshape(-1, batch.topk)
-        logprobs = np.zeros((len(is_response), batch.topk), np.float16)
-        logprobs[is_response] = batch.topk_logprobs.reshape(-1, batch.topk)
-        columns["teacher_topk_ids"] = ids
-        columns["teacher_topk_logprobs"] = logprobs.view(np.uint16)
+        on_response["teacher_topk_ids"] = batch.topk_ids.reshape(-1, batch.topk)
+        logprobs = batch.topk_logprobs.reshape(-1, batch.topk).astype(np.float16)
+        on_response["teacher_topk_logprobs"] = logprobs.view(np.uint16)
+    columns = {"tokens": tokens}
+    for name, values in on_response.items():
+        column = COLUMNS[name]
+        columns[name] = np.full((len(is_response), *values.shape[1:]), column.on_prompt, column.dtype)
+        columns[name][is_response] = values
     return columns
+
+
+def document_of(
+    document_id: str, prompt_tokens: Sequence[int], response_tokens: Sequence[int], **on_response: np.ndarray
+) -> Document:
+    """One rollout whose response tokens are all trained, with columns [r] or [r, k] of its response."""
+    prompt = len(prompt_tokens)
+    mask = np.ones(len(response_tokens), np.uint8)
+    columns = {
+        name: np.concatenate(
+            [np.full((prompt, *values.shape[1:]), COLUMNS[name].on_prompt, values.dtype), values]
+        )
+        for name, values in {"loss_mask": mask, **on_response}.items()
+    }
+    tokens = np.array([*prompt_tokens, *response_tokens], np.int32)
+    return Document(tokens=tokens, document_id=document_id, **columns)
 
 
 def column_of(document: Document, name: str, topk: int) -> np.ndarray:

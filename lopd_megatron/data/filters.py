@@ -11,7 +11,7 @@ import numpy as np
 from lopd_megatron.data.shard_reader import RolloutBatch
 from lopd_megatron.data.writer import are_logprobs
 
-# A response that ends in a loop: its last tokens have a period that short.
+# A response is a degenerate repeat if its last 256 tokens repeat with a period of at most 64.
 REPEATED_TAIL = 256
 LONGEST_PERIOD = 64
 
@@ -24,30 +24,36 @@ class Filters:
     drop_truncated: bool = False
     drop_repeated: bool = False
 
-    reasons = ("empty", "too_long", "non_finite", "truncated", "repeated")
+    reasons = ("empty", "too_long", "non_finite", "truncated", "degenerate_repeat")
     """In the order in which they are asked. The last two are only counted unless switched on."""
+
+    def drops(self, reason: str) -> bool:
+        """Whether documents with this reason are left out, or only counted as flagged."""
+        return {"truncated": self.drop_truncated, "degenerate_repeat": self.drop_repeated}.get(reason, True)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def select(batch: RolloutBatch, filters: Filters, dropped: Counter[str], kept: Counter[str]) -> RolloutBatch:
+def select(
+    batch: RolloutBatch, filters: Filters, dropped: Counter[str], flagged_kept: Counter[str]
+) -> RolloutBatch:
     """The rows to keep; adds to both counters."""
-    verdicts = {
+    flags = {
         "empty": (batch.prompt_lengths == 0) | ~_any(batch, batch.response_mask),
         "too_long": batch.prompt_lengths + batch.response_lengths > filters.seq_length,
         "non_finite": _has_bad_logprob(batch),
         "truncated": batch.is_truncated,
-        "repeated": _ends_in_a_loop(batch),
+        "degenerate_repeat": _ends_in_a_loop(batch),
     }
     keep = np.ones(len(batch.prompt_lengths), bool)
     for reason in filters.reasons:
-        hit = verdicts[reason] & keep
-        if getattr(filters, f"drop_{reason}", True):
+        hit = flags[reason] & keep
+        if filters.drops(reason):
             keep &= ~hit
             dropped[reason] += int(hit.sum())
-    for reason in ("truncated", "repeated"):
-        kept[reason] += int((verdicts[reason] & keep).sum())
+    for reason in ("truncated", "degenerate_repeat"):
+        flagged_kept[reason] += int((flags[reason] & keep).sum())
     return rows_of(batch, keep)
 
 
@@ -60,6 +66,7 @@ def rows_of(batch: RolloutBatch, keep: np.ndarray) -> RolloutBatch:
     in_topk = np.repeat(keep, batch.response_lengths * batch.topk)
     return replace(
         batch,
+        document_ids=batch.document_ids[keep],
         prompt_ids=batch.prompt_ids[keep],
         prompt_lengths=batch.prompt_lengths[keep],
         response_lengths=batch.response_lengths[keep],

@@ -8,11 +8,11 @@ import numpy as np
 
 from lopd_megatron.data.build_dataset import Document, column_of
 from lopd_megatron.data.column_files import checked_cast
-from lopd_megatron.data.store import Dataset, Documents
+from lopd_megatron.data.store import ConcatDataset, DocumentColumns
 from lopd_megatron.records import COLUMNS
 
 
-def memory_dataset(documents: Sequence[Document]) -> Dataset:
+def memory_dataset(documents: Sequence[Document]) -> ConcatDataset:
     """A dataset of documents in memory; all must have the columns of the first, and the same k.
 
     Top-k log-probs are rounded to float16, as on disk. ValueError where another value would change.
@@ -27,4 +27,5 @@ def memory_dataset(documents: Sequence[Document]) -> Dataset:
         if getattr(first, name) is not None
     }
     lengths = np.array([len(document.tokens) for document in documents], np.int32)
-    return Dataset([Documents("documents in memory", values, lengths, topk)])
+    ids = [document.document_id for document in documents] if first.document_id else []
+    return ConcatDataset([DocumentColumns("documents in memory", values, lengths, topk, ids)])

@@ -13,7 +13,7 @@ import numpy as np
 
 from lopd_megatron.data.manifest import Manifest
 from lopd_megatron.data.packing import utilisation
-from lopd_megatron.data.store import Dataset
+from lopd_megatron.data.store import ConcatDataset
 
 Decode = Callable[[int], str]
 """Token id → its text."""
@@ -35,7 +35,7 @@ def summary(prefix: str, manifest: Manifest) -> Iterator[str]:
     topk = f", k = {manifest.topk}" if manifest.topk else ""
     yield f"  columns    {', '.join(manifest.columns)}{topk}"
     yield f"  left out   {_counts(manifest.dropped)}"
-    yield f"  kept       {_counts(manifest.kept)}"
+    yield f"  flagged    {_counts(manifest.flagged_kept)}"
     if manifest.teacher_proof is not None:
         difference = manifest.teacher_proof["mean_abs_difference"]
         yield f"  re-scored  by the teacher, mean |difference| {difference:.2e} nats"
@@ -64,7 +64,7 @@ def row_advice(lengths: np.ndarray, align: int = 1024) -> Iterator[str]:
         yield f"    data.seq_length={capacity:<8} {utilisation(lengths, capacity):7.2%}"
 
 
-def document_lines(dataset: Dataset, index: int, decode: Decode | None, colour: bool) -> Iterator[str]:
+def document_lines(dataset: ConcatDataset, index: int, decode: Decode | None, colour: bool) -> Iterator[str]:
     """One document: its text coloured by the gap, then a line for each token."""
     columns = dataset.document(index)
     tokens, mask = columns["tokens"].tolist(), columns["loss_mask"].tolist()
@@ -72,7 +72,8 @@ def document_lines(dataset: Dataset, index: int, decode: Decode | None, colour: 
     both = {"teacher_logprobs", "rollout_logprobs"} <= dataset.columns
     gaps = columns["teacher_logprobs"] - columns["rollout_logprobs"] if both else np.zeros(len(tokens))
     mean = _mean(gaps, mask)
-    yield f"document {index}: {len(tokens)} tokens, {sum(mask)} trained, mean gap {mean:+.3f} nats"
+    name = dataset.document_name(index)
+    yield f"{name}: {len(tokens)} tokens, {sum(mask)} trained, mean gap {mean:+.3f} nats"
     text = (_painted(w, g) if colour and m else w for w, g, m in zip(words, gaps, mask, strict=True))
     yield ("" if decode else " ").join(text)
     yield f"{'position':>8} {'id':>7} {'trained':>7} {'teacher':>9} {'rollout':>9} {'gap':>8}  token"
@@ -86,7 +87,7 @@ def document_lines(dataset: Dataset, index: int, decode: Decode | None, colour: 
         yield _painted(line, float(gaps[position])) if colour and both and mask[position] else line
 
 
-def save_histograms(dataset: Dataset, folder: Path) -> list[Path]:
+def save_histograms(dataset: ConcatDataset, folder: Path) -> list[Path]:
     """`lengths.png`, and `logprob_gap.png` where both log-probs are there. Returns the files."""
     lengths = folder / "lengths.png"
     _histogram(dataset.lengths, "tokens per document", lengths, log=False)

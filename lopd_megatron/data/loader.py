@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +20,10 @@ import numpy as np
 import torch
 
 from lopd_megatron.data.order import Order
-from lopd_megatron.data.packing import CROSSOVER_8B, plan_step
-from lopd_megatron.data.store import Dataset, Documents, Span
+from lopd_megatron.data.packing import ATTENTION_CROSSOVER_LENGTH_8B, plan_step
+from lopd_megatron.data.store import ConcatDataset, DocumentColumns, Span
 from lopd_megatron.errors import UserError
+from lopd_megatron.parallel.context import zigzag_indices
 from lopd_megatron.records import COLUMNS, MicroBatch
 
 TOKEN_FIELDS: dict[str, tuple[str, type[np.generic]]] = {
@@ -52,14 +54,14 @@ class StepBatch:
     """Equally many on every rank; a data-parallel rank may get one that is padding only."""
     seq_length: int
     """t: tokens of every micro-batch of this step on every rank, with padding, before context parallelism."""
-    num_sequences: int
-    """Documents of the whole step, all data-parallel ranks."""
     num_tokens: int
     """Trained tokens of the whole step."""
     num_total_tokens: int
     """Prompt and response tokens of the whole step, without padding: what throughput counts."""
     sequence_lengths: np.ndarray
-    """int32 [num_sequences]: tokens of every document of the whole step, for its FLOPs."""
+    """int32 [n]: tokens of each document of the whole step, all data-parallel ranks; for its FLOPs."""
+    document_name: Callable[[int], str] = "document {}".format
+    """How messages name a document, by its index in the dataset."""
 
 
 class StepLoader:
@@ -75,7 +77,7 @@ class StepLoader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: ConcatDataset,
         *,
         seed: int,
         global_batch_size: int,
@@ -88,7 +90,7 @@ class StepLoader:
         num_microbatches_multiple_of: int = 1,
         pad_to_multiple_of: int = 1,
         columns: frozenset[str] | None = None,
-        flop_crossover: float = CROSSOVER_8B,
+        attention_crossover_length: float = ATTENTION_CROSSOVER_LENGTH_8B,
         prefetch: bool = False,
     ) -> None:
         self.dataset = dataset
@@ -100,15 +102,15 @@ class StepLoader:
         self._document_multiple = 1 if context_parallel_size == 1 else 2 * context_parallel_size
         self._round_to = math.lcm(self._document_multiple, pad_to_multiple_of * context_parallel_size)
         self._multiple_of = num_microbatches_multiple_of
-        self._crossover = flop_crossover
+        self._attention_crossover_length = attention_crossover_length
         self._capacity = micro_batch_size * seq_length // self._round_to * self._round_to
         self._padded = _round_up(dataset.lengths, self._document_multiple)
         longest = int(self._padded.max())
         limit = seq_length // self._round_to * self._round_to
         if longest > limit:
             raise UserError(
-                f"document {int(self._padded.argmax())} has {longest} tokens with its padding, a row has "
-                f"{limit}; raise data.seq_length or build the dataset with a lower one"
+                f"{dataset.document_name(int(self._padded.argmax()))} has {longest} tokens with its padding, "
+                f"a row has {limit}; raise data.seq_length or build the dataset with a lower one"
             )
         self._prefetch = ThreadPoolExecutor(1, thread_name_prefix="loader") if prefetch else None
         self._next: tuple[int, Future[StepBatch]] | None = None
@@ -141,7 +143,7 @@ class StepLoader:
             capacity=self._capacity,
             multiple_of=self._multiple_of,
             round_to=self._round_to,
-            crossover=self._crossover,
+            attention_crossover_length=self._attention_crossover_length,
         )
         spans = self.dataset.spans(documents)
         trained = [_count_trained(*span) for span in spans]
@@ -151,10 +153,10 @@ class StepLoader:
                 documents, spans, trained, plan.microbatches[self._rank], plan.seq_length
             ),
             seq_length=plan.seq_length,
-            num_sequences=len(documents),
             num_tokens=sum(trained),
             num_total_tokens=int(lengths.sum(dtype=np.int64)),
             sequence_lengths=lengths,
+            document_name=self.dataset.document_name,
         )
 
     def _microbatches(
@@ -262,25 +264,12 @@ class StepLoader:
         np.concatenate(pieces, out=out, casting="safe")
 
 
-def _count_trained(part: Documents, first: int, stop: int) -> int:
+def _count_trained(part: DocumentColumns, first: int, stop: int) -> int:
     """Trained tokens of a document; the first token is never one."""
     return int(np.count_nonzero(part.values["loss_mask"][first:stop]))
 
 
-def zigzag_indices(lengths: np.ndarray, rank: int, size: int) -> np.ndarray:
-    """int64 [Σ lengths / size]: tokens of context-parallel `rank` r: chunks r and 2·size − 1 − r of each.
-
-    Causal attention over a long document costs every rank the same this way. Lengths are multiples of 2·size.
-    """
-    starts = np.cumsum(lengths) - lengths
-    pieces = []
-    for start, chunk in zip(starts.tolist(), (lengths // (2 * size)).tolist(), strict=True):
-        for place in (rank, 2 * size - 1 - rank):
-            pieces.append(np.arange(start + place * chunk, start + (place + 1) * chunk))
-    return np.concatenate(pieces)
-
-
-def _check_columns(dataset: Dataset, columns: frozenset[str] | None) -> frozenset[str]:
+def _check_columns(dataset: ConcatDataset, columns: frozenset[str] | None) -> frozenset[str]:
     present = {field for field, (column, _) in TOKEN_FIELDS.items() if column in dataset.columns}
     if columns is None:
         return frozenset(present) | COMPUTED_FIELDS

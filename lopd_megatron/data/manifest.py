@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from lopd_megatron.errors import UserError
 from lopd_megatron.lineage import Lineage
@@ -40,8 +40,8 @@ class Manifest(BaseModel):
     """`filters.Filters`; empty where a program wrote the documents."""
     dropped: dict[str, int]
     """Why documents were left out."""
-    kept: dict[str, int]
-    """Kept although something is to be said of them."""
+    flagged_kept: dict[str, int] = Field(validation_alias=AliasChoices("flagged_kept", "kept"))
+    """Documents that were kept but flagged, by reason."""
     alignment: dict[str, Any] | None
     """The alignment proof of the build: see `alignment.AlignmentReport`; None: not made."""
     stops: dict[str, Any] | None = None
@@ -51,7 +51,7 @@ class Manifest(BaseModel):
     teacher_proof: dict[str, Any] | None = None
     """The proof of the teacher's column that scoring made: see `rollouts.teacher_proof`; None: not made."""
     files: dict[str, FileEntry]
-    """`<column>.bin` and `<column>.idx`, without the prefix."""
+    """`<column>.bin`, `<column>.idx`, and `document_ids.txt` where documents have ids; without the prefix."""
     lineage: Lineage
     fingerprint: str = ""
     """SHA-256 over all other fields; the content hash of the dataset."""
@@ -61,12 +61,15 @@ class Manifest(BaseModel):
         return self.model_copy(update={"fingerprint": self._hash()})
 
     def is_intact(self) -> bool:
-        return self.fingerprint == self._hash()
+        return self.fingerprint in (self._hash(), self._hash(named_as_before=True))
 
-    def _hash(self) -> str:
+    def _hash(self, *, named_as_before: bool = False) -> str:
+        """`named_as_before`: as version 0.1.0 named the fields."""
         newer = ("stops", "vocab_size", "teacher_proof")
         unknown_to_older = {name for name in newer if getattr(self, name) is None}
         value = self.model_dump(mode="json", exclude={"fingerprint"} | unknown_to_older)
+        if named_as_before:
+            value["kept"] = value.pop("flagged_kept")
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

@@ -80,6 +80,7 @@ class OfficialFile:
                     f"and {len(logprobs)} teacher_log_probs; score it again"
                 )
         return RolloutBatch(
+            document_ids=np.array([f"{self.path.name}/{first + i}" for i in range(len(rows))], object),
             prompt_ids=np.array([_prompt_id(row["prompt"]) for row in rows], object),
             prompt_lengths=np.array([len(prompt) for prompt in prompts], np.int32),
             response_lengths=np.array([len(tokens) for tokens in fields["response_tokens"]], np.int32),

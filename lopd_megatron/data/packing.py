@@ -1,6 +1,6 @@
 """Packing documents into rows and balancing them over ranks, by FLOPs; pure functions of lengths.
 
-    cost(s) = s + s² / crossover        crossover: the length at which attention costs as much as the rest
+    cost(s) = s + s² / attention_crossover_length     the length where attention costs as much as the rest
 
 No document is split. Every rank computes the same plan from the same lengths, so nothing is communicated.
 """
@@ -13,16 +13,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-CROSSOVER_8B = 51_000.0
+ATTENTION_CROSSOVER_LENGTH_8B = 51_000.0
 """Qwen3-8B: 15.1 GFLOP a token without attention, 0.295 MFLOP per token and token of context."""
 
 _MOST_EXCHANGES = 256
 
 
-def flop_cost(lengths: np.ndarray, crossover: float = CROSSOVER_8B) -> np.ndarray:
+def flop_cost(
+    lengths: np.ndarray, attention_crossover_length: float = ATTENTION_CROSSOVER_LENGTH_8B
+) -> np.ndarray:
     """float64 [n]: FLOPs of each document, in units of one token without attention."""
     lengths = np.asarray(lengths, np.float64)
-    return lengths + lengths**2 / crossover
+    return lengths + lengths**2 / attention_crossover_length
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
@@ -50,10 +52,10 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     return rows
 
 
-def balance(costs: np.ndarray, parts: int, tolerance: float = 1e-4) -> list[list[int]]:
+def partition_by_cost(costs: np.ndarray, parts: int, tolerance: float = 1e-4) -> list[list[int]]:
     """Split items into `parts` with sums of `costs` as equal as can be: longest first, then exchanges.
 
-    Stops when the dearest part is within `tolerance` of the mean. A part may be empty. Deterministic.
+    Stops when the most expensive part is within `tolerance` of the mean. A part may be empty. Deterministic.
     """
     if parts == 1:
         return [list(range(len(costs)))]
@@ -64,35 +66,35 @@ def balance(costs: np.ndarray, parts: int, tolerance: float = 1e-4) -> list[list
         total, part = sums[0]
         heapq.heapreplace(sums, (total + cost, part))
         owner[item] = part
-    _exchange(owner, costs, parts, tolerance)
+    _local_search(owner, costs, parts, tolerance)
     order = np.argsort(owner, kind="stable")
     return [group.tolist() for group in np.split(order, np.cumsum(np.bincount(owner, minlength=parts))[:-1])]
 
 
-def _exchange(owner: np.ndarray, costs: np.ndarray, parts: int, tolerance: float) -> None:
-    """While it helps: give an item of the dearest part for a cheaper one of another part, or for none."""
+def _local_search(owner: np.ndarray, costs: np.ndarray, parts: int, tolerance: float) -> None:
+    """Exchange an item of the most expensive part for a cheaper one of another, or none, while it helps."""
     totals = np.bincount(owner, costs, parts)
     goal = totals.mean() * (1 + tolerance)
     # Every part also holds a "none" of cost 0.
     offered = np.concatenate([costs, np.zeros(parts)])
     offering = np.concatenate([owner, np.arange(parts)])
     for _ in range(_MOST_EXCHANGES):
-        dearest = int(totals.argmax())
-        if totals[dearest] <= goal:
+        most_expensive = int(totals.argmax())
+        if totals[most_expensive] <= goal:
             return
-        mine = np.flatnonzero(owner == dearest)
+        mine = np.flatnonzero(owner == most_expensive)
         moved = costs[mine, None] - offered
-        gap = totals[dearest] - totals[offering]
-        gain = np.minimum(moved, gap - moved)  # what the dearer of the two parts loses
+        gap = totals[most_expensive] - totals[offering]
+        gain = np.minimum(moved, gap - moved)  # what the more expensive of the two parts loses
         give, take = divmod(int(gain.argmax()), len(offered))
-        if gain[give, take] <= 1e-9 * totals[dearest]:
+        if gain[give, take] <= 1e-9 * totals[most_expensive]:
             return
         other, given = int(offering[take]), int(mine[give])
-        totals[dearest] -= moved[give, take]
+        totals[most_expensive] -= moved[give, take]
         totals[other] += moved[give, take]
         owner[given] = offering[given] = other
         if take < len(costs):
-            owner[take] = offering[take] = dearest
+            owner[take] = offering[take] = most_expensive
 
 
 @dataclass(frozen=True)
@@ -111,15 +113,15 @@ def plan_step(
     capacity: int,
     multiple_of: int = 1,
     round_to: int = 1,
-    crossover: float = CROSSOVER_8B,
+    attention_crossover_length: float = ATTENTION_CROSSOVER_LENGTH_8B,
 ) -> Plan:
     """Split the documents of a step over ranks by FLOPs, then each rank's over equally many micro-batches.
 
     The number of micro-batches is the smallest multiple of `multiple_of` into which every rank's documents
     pack; `seq_length` is the longest micro-batch rounded up to `round_to`, of which `capacity` is a multiple.
     """
-    costs = flop_cost(lengths, crossover)
-    ranks = balance(costs, data_parallel_size)
+    costs = flop_cost(lengths, attention_crossover_length)
+    ranks = partition_by_cost(costs, data_parallel_size)
     packed = [best_fit_decreasing(lengths[rank], capacity) for rank in ranks]
     count = max(1, *(len(rows) for rows in packed))
     count = -(-count // multiple_of) * multiple_of
@@ -140,18 +142,18 @@ def _spread(
     """
     attention = costs - lengths
 
-    def dearest(rows: list[list[int]]) -> float:
+    def most_expensive(rows: list[list[int]]) -> float:
         tokens = max(int(lengths[row].sum()) for row in rows)
         return (
             tokens + max(float(attention[row].sum()) for row in rows) if tokens <= capacity else float("inf")
         )
 
     # Closer than a part in a thousand, padding outweighs the difference.
-    even = balance(lengths.astype(np.float64), count, 1e-3)
-    if dearest(even) <= costs.sum() / count * (1 + 1e-3):
+    even = partition_by_cost(lengths.astype(np.float64), count, 1e-3)
+    if most_expensive(even) <= costs.sum() / count * (1 + 1e-3):
         return even
     rows = packed + [[] for _ in range(count - len(packed))]
-    return min(rows, even, balance(costs, count, 1e-3), key=dearest)
+    return min(rows, even, partition_by_cost(costs, count, 1e-3), key=most_expensive)
 
 
 def utilisation(lengths: np.ndarray, capacity: int) -> float:

@@ -28,6 +28,7 @@ _BATCH_ROWS = 256
 class RolloutBatch:
     """n rollouts, column by column; values of all rows end to end."""
 
+    document_ids: np.ndarray  # str objects [n]
     prompt_ids: np.ndarray  # str objects [n]; equal for all samples of a prompt
     prompt_lengths: np.ndarray  # int32 [n]
     response_lengths: np.ndarray  # int32 [n]
@@ -80,6 +81,7 @@ class Shard:
 
 
 _READ = {
+    "document_id",
     "prompt_id",
     "prompt_tokens",
     "response_tokens",
@@ -154,6 +156,7 @@ def _rollout_batch(batch: pa.RecordBatch, path: Path, row: int) -> RolloutBatch:
         _same_lengths(lengths, response_lengths * topk, "teacher_topk_logprobs", path, row)
     truncated = np.array(batch["finish_reason"].to_pylist(), object) == "length"
     return RolloutBatch(
+        np.array(batch["document_id"].to_pylist(), object),
         np.array(batch["prompt_id"].to_pylist(), object),
         prompt_lengths,
         response_lengths,

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from lopd_megatron.data.column_files import IndexedColumn, open_column
+from lopd_megatron.data.document_ids import DOCUMENT_IDS, document_name, read_id
 from lopd_megatron.data.manifest import Manifest, manifest_path, read_manifest
 from lopd_megatron.data.vocabulary import first_foreign
 from lopd_megatron.data.writer import are_logprobs
@@ -18,11 +19,19 @@ from lopd_megatron.records import COLUMNS
 _VERIFY_BLOCK = 1 << 22
 
 
-class Documents:
+class DocumentColumns:
     """Columns of documents end to end. `values[name]` is a whole column, `offsets` [n + 1] are in tokens."""
 
-    def __init__(self, prefix: str, values: dict[str, np.ndarray], lengths: np.ndarray, topk: int) -> None:
+    def __init__(
+        self,
+        prefix: str,
+        values: dict[str, np.ndarray],
+        lengths: np.ndarray,
+        topk: int,
+        document_ids: Sequence[str] = (),
+    ) -> None:
         self.prefix = prefix
+        self._ids = document_ids
         self.values = values
         self.lengths = lengths
         self.topk = topk
@@ -32,8 +41,12 @@ class Documents:
         """Values per token of a column."""
         return self.topk if COLUMNS[name].per_topk else 1
 
+    def document_id(self, place: int) -> str:
+        """The id of a document; empty where the documents have none."""
+        return self._ids[place] if self._ids else ""
 
-class Prefix(Documents):
+
+class MappedDataset(DocumentColumns):
     """One dataset on disk, its columns mapped."""
 
     def __init__(self, prefix: str) -> None:
@@ -51,6 +64,10 @@ class Prefix(Documents):
         super().__init__(prefix, values, np.asarray(columns["tokens"].lengths), self.manifest.topk)
         for name, column in columns.items():
             self._check_lengths(name, column)
+
+    def document_id(self, place: int) -> str:
+        """The id of a document; empty in a dataset of a version that kept none."""
+        return read_id(self.prefix, place) if DOCUMENT_IDS in self.manifest.files else ""
 
     def verify(self, vocab_size: int | None = None) -> None:
         """Hash every byte and check every value; a UserError names the file. Reads the whole dataset once.
@@ -97,13 +114,13 @@ class Prefix(Documents):
             )
 
 
-Span = tuple[Documents, int, int]
+Span = tuple[DocumentColumns, int, int]
 
 
-class Dataset:
+class ConcatDataset:
     """Documents of one or several prefixes, one after another. Values are token-aligned."""
 
-    def __init__(self, prefixes: Sequence[Documents]) -> None:
+    def __init__(self, prefixes: Sequence[DocumentColumns]) -> None:
         self.prefixes = prefixes
         self.lengths = np.concatenate([part.lengths for part in prefixes])  # int32 [n], tokens
         self.columns = frozenset.intersection(*(frozenset(part.values) for part in prefixes))
@@ -113,12 +130,17 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def locate(self, index: int) -> tuple[Documents, int]:
+    def locate(self, index: int) -> tuple[DocumentColumns, int]:
         """The prefix that holds document `index`, and the document's place in it."""
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
         part = int(np.searchsorted(self._first, index, side="right")) - 1
         return self.prefixes[part], index - int(self._first[part])
+
+    def document_name(self, index: int) -> str:
+        """How messages name a document: its index and, where it has one, its id."""
+        part, place = self.locate(index)
+        return document_name(index, part.document_id(place))
 
     def spans(self, documents: np.ndarray) -> list[Span]:
         """Where the columns of many documents lie: (part, first token, token behind the last) of each."""
@@ -145,30 +167,30 @@ class Dataset:
 
     @property
     def manifests(self) -> list[Manifest]:
-        return [part.manifest for part in self.prefixes if isinstance(part, Prefix)]
+        return [part.manifest for part in self.prefixes if isinstance(part, MappedDataset)]
 
     def verify(self, vocab_size: int | None = None) -> None:
-        """Full check of all prefixes; see `Prefix.verify`."""
+        """Full check of all prefixes; see `MappedDataset.verify`."""
         for part in self.prefixes:
-            if isinstance(part, Prefix):
+            if isinstance(part, MappedDataset):
                 part.verify(vocab_size)
 
 
-def open_dataset(prefixes: Sequence[str | Path]) -> Dataset:
+def open_dataset(prefixes: Sequence[str | Path]) -> ConcatDataset:
     """Open finished datasets. Costs milliseconds and no memory: pages are shared with all other readers.
 
     UserError where a file is missing, short, or not what the manifest says; only `verify` hashes bytes.
     """
     if not prefixes:
         raise UserError("no dataset is given; set data.prefixes or build one with lopd dataset")
-    parts = [Prefix(str(prefix)) for prefix in prefixes]
+    parts = [MappedDataset(str(prefix)) for prefix in prefixes]
     for part in parts[1:]:
         if part.topk != parts[0].topk:
             raise UserError(
                 f"{part.prefix} has k = {part.topk} teacher tokens, {parts[0].prefix} has {parts[0].topk}; "
                 "train on datasets of one k"
             )
-    return Dataset(parts)
+    return ConcatDataset(parts)
 
 
 def _are_valid(name: str, values: np.ndarray) -> bool:

@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -22,6 +23,7 @@ import numpy as np
 
 from lopd_megatron.data.alignment import Sample
 from lopd_megatron.data.column_files import checked_cast, open_column, write_index
+from lopd_megatron.data.document_ids import DOCUMENT_IDS, encode_ids
 from lopd_megatron.data.manifest import FileEntry, Manifest, building_folder, manifest_path, read_manifest
 from lopd_megatron.errors import UserError
 from lopd_megatron.files import explained, fsync_path, sha256_file, write_json
@@ -41,19 +43,35 @@ class DatasetWriter:
     for a resume.
 
     `settings` say what is being built: a building folder with other settings is thrown away, not continued.
+    With `has_ids` every document has an id (`document_ids`).
     `state` is the caller's own note of the last save point, {} at the start.
     """
 
-    def __init__(self, prefix: str | Path, columns: list[str], topk: int, settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        prefix: str | Path,
+        columns: list[str],
+        topk: int,
+        settings: dict[str, Any],
+        *,
+        has_ids: bool = False,
+    ) -> None:
         self.prefix = str(prefix)
         self.columns = columns
         self.topk = topk
+        self.has_ids = has_ids
         self.folder = building_folder(prefix)
         self.state: dict[str, Any] = {}
         self.documents = self.tokens = self.trained_tokens = 0
         self._settings = json.loads(
             json.dumps(
-                {"schema_version": SCHEMA_VERSION, "columns": columns, "topk": topk, "settings": settings}
+                {
+                    "schema_version": SCHEMA_VERSION,
+                    "columns": columns,
+                    "topk": topk,
+                    "ids": has_ids,
+                    "settings": settings,
+                }
             )
         )
         self._files: dict[str, BinaryIO] = {}
@@ -67,7 +85,7 @@ class DatasetWriter:
             if not saved:
                 self._empty_folder()
             sizes = saved.get("sizes", {})
-            for name in (*self.columns, _LENGTHS):
+            for name in (*self.columns, _LENGTHS, *self._id_files()):
                 self._files[name] = self._open_at(name, sizes.get(name, 0))
         self.state = saved.get("state", {})
         counts = saved.get("counts", [0, 0, 0])
@@ -82,14 +100,19 @@ class DatasetWriter:
                 file.close()
         self._lock.close()
 
-    def append(self, lengths: np.ndarray, values: dict[str, np.ndarray]) -> None:
-        """Add documents: `lengths` [n] tokens each, and per column all their values end to end.
+    def append(
+        self, lengths: np.ndarray, values: dict[str, np.ndarray], document_ids: Sequence[str] = ()
+    ) -> None:
+        """Add documents: `lengths` [n] tokens each, per column all their values end to end, and n ids.
 
         ValueError where a value does not fit its column, counts differ, a log-prob is not a finite log-prob,
         a first token is trained (nothing stands before it) or no token is.
         """
         lengths = checked_cast(np.asarray(lengths), np.int32, "document length")
         checked = {name: self._checked(name, values[name], int(lengths.sum())) for name in self.columns}
+        ids = encode_ids(document_ids) if self.has_ids else b""
+        if self.has_ids and len(document_ids) != len(lengths):
+            raise ValueError(f"{len(document_ids)} document ids for {len(lengths)} documents")
         if not len(lengths):
             return
         starts = np.cumsum(lengths, dtype=np.int64) - lengths
@@ -104,6 +127,8 @@ class DatasetWriter:
             for name in self.columns:
                 self._files[name].write(checked[name].data)
             self._files[_LENGTHS].write(lengths.data)
+            if self.has_ids:
+                self._files[DOCUMENT_IDS].write(ids)
         self.documents += len(lengths)
         self.tokens += int(lengths.sum())
         self.trained_tokens += int(mask.sum())
@@ -133,7 +158,7 @@ class DatasetWriter:
         *,
         filters: dict[str, Any] | None = None,
         dropped: dict[str, int] | None = None,
-        kept: dict[str, int] | None = None,
+        flagged_kept: dict[str, int] | None = None,
         alignment: dict[str, Any] | None = None,
         stops: dict[str, Any] | None = None,
         vocab_size: int | None = None,
@@ -157,7 +182,7 @@ class DatasetWriter:
                 lengths=length_histogram(lengths),
                 filters=filters or {},
                 dropped=dropped or {},
-                kept=kept or {},
+                flagged_kept=flagged_kept or {},
                 alignment=alignment,
                 stops=stops,
                 vocab_size=vocab_size,
@@ -184,14 +209,22 @@ class DatasetWriter:
         return lengths
 
     def samples(self, documents: list[int]) -> list[Sample]:
-        """Documents that were appended, read back from the files, for the alignment proof."""
+        """Documents that were appended, read back from the files, for the alignment check."""
         lengths = self.write_indices()
         stops = np.cumsum(lengths, dtype=np.int64)
         names = ["tokens", "loss_mask", "rollout_logprobs"]
         names += ["teacher_logprobs"] if "teacher_logprobs" in self.columns else []
-        columns = [open_column(str(self.folder / name), COLUMNS[name].dtype).values for name in names]
+        columns = {name: open_column(str(self.folder / name), COLUMNS[name].dtype).values for name in names}
+        ids = (self.folder / DOCUMENT_IDS).read_text().splitlines() if self.has_ids else None
         return [
-            Sample(index, *(values[stops[index] - lengths[index] : stops[index]] for values in columns))
+            Sample.of(
+                index,
+                {
+                    name: values[stops[index] - lengths[index] : stops[index]]
+                    for name, values in columns.items()
+                },
+                ids[index] if ids else "",
+            )
             for index in documents
         ]
 
@@ -212,14 +245,22 @@ class DatasetWriter:
         return array
 
     def _final_names(self) -> list[str]:
-        return [f"{name}.{suffix}" for name in self.columns for suffix in _SUFFIXES]
+        columns = [f"{name}.{suffix}" for name in self.columns for suffix in _SUFFIXES]
+        return [*columns, *self._id_files()]
+
+    def _id_files(self) -> list[str]:
+        return [DOCUMENT_IDS] if self.has_ids else []
 
     def _open_at(self, name: str, size: int) -> BinaryIO:
-        path = self.folder / (name if name == _LENGTHS else f"{name}.bin")
+        path = self._path(name)
         file = path.open("r+b" if path.exists() else "w+b")
         file.truncate(size)
         file.seek(size)
         return file
+
+    def _path(self, name: str) -> Path:
+        """Where a column, the lengths or the ids are while they grow."""
+        return self.folder / (name if name in (_LENGTHS, DOCUMENT_IDS) else f"{name}.bin")
 
     def _take_lock(self) -> None:
         try:
@@ -246,7 +287,7 @@ class DatasetWriter:
             say(f"{self.folder} was made with other settings: starting afresh")
             return {}
         for name, size in sizes.items():
-            file = self.folder / (name if name == _LENGTHS else f"{name}.bin")
+            file = self._path(name)
             if not file.is_file() or file.stat().st_size < size:
                 say(f"{file} is shorter than its save point: starting afresh")
                 return {}

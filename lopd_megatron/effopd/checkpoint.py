@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 
-from lopd_megatron.effopd.weights import Shard, WeightLine
+from lopd_megatron.effopd.weights import ParameterShard, WeightLine
 
 PREFIX = "effopd.accepted"
 
@@ -48,7 +48,7 @@ def restore_accepted(line: WeightLine, loaded: dict[str, Any]) -> None:
         accepted.copy_(part.view_as(accepted))
 
 
-def _whole(shard: Shard, accepted: torch.Tensor) -> torch.Tensor:
+def _whole(shard: ParameterShard, accepted: torch.Tensor) -> torch.Tensor:
     if shard.group is None:
         return accepted
     # −0 is the number that changes no other when it is added, not even a 0 of either sign.

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from lopd_megatron.config import EffOPDConfig
-from lopd_megatron.effopd.scores import agree, from_first_rank
-from lopd_megatron.effopd.search import Score, SearchResult, is_trigger, search
+from lopd_megatron.effopd.agreement import agree, from_first_rank
+from lopd_megatron.effopd.search import HeldOutScore, SearchResult, is_trigger, search
 from lopd_megatron.effopd.weights import WeightLine
 
 
@@ -30,7 +30,7 @@ class Extrapolation:
         config: EffOPDConfig,
         line: WeightLine,
         *,
-        score: Callable[[], Score | None],
+        score: Callable[[], HeldOutScore | None],
         publish: Callable[[], None],
         reset_moments: Callable[[], None],
     ) -> None:
@@ -60,7 +60,7 @@ class Extrapolation:
         self.history.append({"iteration": iteration, **dataclasses.asdict(found), "seconds": seconds})
         return found
 
-    def _score_at(self, multiplier: int) -> Score:
+    def _score_at(self, multiplier: int) -> HeldOutScore:
         self._place(multiplier)
         return agree(self._score())
 

@@ -6,7 +6,7 @@ Lightning and standard OPD alike: it sees weights and a score, not where the rol
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,63 +15,50 @@ from lopd_megatron.config import EffOPDConfig
 from lopd_megatron.effopd.checkpoint import accepted_state_dict, restore_accepted
 from lopd_megatron.effopd.extrapolation import Extrapolation
 from lopd_megatron.effopd.optimizer_shards import collect_shards, publish, reset_moments
-from lopd_megatron.effopd.search import Score, SearchResult
+from lopd_megatron.effopd.search import HeldOutScore, SearchResult
 from lopd_megatron.effopd.weights import WeightLine
 from lopd_megatron.errors import UserError
 from lopd_megatron.progress import say
+from lopd_megatron.train.state import Hook, StepResult, Trainer
 
 
-class Run(Protocol):
-    """What the hook needs of a training run."""
+class EffOPDHook(Hook):
+    """The hook of a run with `effopd.enabled`.
 
-    model: list[Any]
-    optimizer: Any
-    iteration: int
-
-
-class Step(Protocol):
-    """The outcome of an optimizer step; `metric_sums` is name → float64 [2], numerator and denominator."""
-
-    metric_sums: dict[str, torch.Tensor]
-
-
-class EffOPDHook:
-    """Has the methods of a training hook; stages do not import each other.
-
-    `score(run)` measures the weights in the model: see `Extrapolation`. The hook goes before those that log
-    and save, so that a checkpoint holds the accepted weights and what the next Δ is measured from.
+    `score(trainer)` measures the weights in the model: see `Extrapolation`. The hook goes before those that
+    log and save, so that a checkpoint holds the accepted weights and what the next Δ is measured from.
     """
 
     name = "effopd"
     may_take_long = True
 
-    def __init__(self, config: EffOPDConfig, score: Callable[[Any], Score | None]) -> None:
+    def __init__(self, config: EffOPDConfig, score: Callable[[Trainer], HeldOutScore | None]) -> None:
         self._config = config
         self._score = score
         self._is_restored = False
 
-    def on_build(self, run: Run) -> None:
+    def on_build(self, trainer: Trainer) -> None:
         """With the initial weights in the model: they are the first accepted ones."""
-        shards = collect_shards(run.model, run.optimizer, self._config.parameters)
+        shards = collect_shards(trainer.model, trainer.optimizer, self._config.parameters)
         self.extrapolation = Extrapolation(
             self._config,
             WeightLine(shards),
-            score=lambda: self._score(run),
-            publish=lambda: publish(run.model, run.optimizer),
-            reset_moments=lambda: reset_moments(run.optimizer),
+            score=lambda: self._score(trainer),
+            publish=lambda: publish(trainer.model, trainer.optimizer),
+            reset_moments=lambda: reset_moments(trainer.optimizer),
         )
 
-    def on_start(self, run: Run) -> None:
+    def on_start(self, trainer: Trainer) -> None:
         """Refuse to go on from a checkpoint without accepted weights: the next Δ would be wrong."""
-        if run.iteration and not self._is_restored:
+        if trainer.iteration and not self._is_restored:
             raise UserError(
-                f"the checkpoint of iteration {run.iteration} was written without EffOPD, so it does not say "
-                "where the next Δ starts; resume with effopd.enabled=false, or start anew from its export"
+                f"the checkpoint of iteration {trainer.iteration} was written without EffOPD, so it does not "
+                "say where the next Δ starts; resume with effopd.enabled=false, or start anew from its export"
             )
 
-    def after_step(self, run: Run, result: Step) -> None:
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Search if the completed iteration is a trigger; what was taken joins the metrics of the step."""
-        found = self.extrapolation.after_iteration(run.iteration)
+        found = self.extrapolation.after_iteration(trainer.iteration)
         if found is None:
             return
         numbers = {
@@ -82,10 +69,7 @@ class EffOPDHook:
         for name, number in numbers.items():
             result.metric_sums[f"effopd_{name}"] = torch.tensor([number, 1.0], dtype=torch.float64)
         if dist.get_rank() == 0:
-            say(describe(run.iteration, found))
-
-    def on_end(self, run: Run) -> None:
-        """Nothing: the accepted weights are in the model."""
+            say(describe(trainer.iteration, found))
 
     def state_dict(self, model_state: Any, *, is_loading: bool) -> dict[str, Any]:
         """What was tried, and the accepted weights; `accepted_state_dict` has the costs."""

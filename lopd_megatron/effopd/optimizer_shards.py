@@ -13,7 +13,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 
-from lopd_megatron.effopd.weights import Shard
+from lopd_megatron.effopd.weights import ParameterShard
 
 Selection = Literal["all", "attention_mlp"]
 Names = dict[torch.nn.Parameter, str]
@@ -34,7 +34,7 @@ def is_selected(name: str, selection: Selection) -> bool:
 
 def collect_shards(
     model_chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, selection: Selection
-) -> list[Shard]:
+) -> list[ParameterShard]:
     """This rank's part of every selected parameter, in the order of the model.
 
     The distributed optimizer cuts parameters over data-parallel ranks: a rank that owns nothing of one has
@@ -44,7 +44,7 @@ def collect_shards(
     for index, chunk in enumerate(model_chunks):
         for name, parameter in chunk.named_parameters():
             names[parameter] = f"{index}.{_unwrapped(name)}"
-    shards: dict[torch.nn.Parameter, Shard] = {}
+    shards: dict[torch.nn.Parameter, ParameterShard] = {}
     for part in _parts(optimizer):
         # Transformer Engine's fused Adam then keeps the main parameters itself.
         assert not part.config.use_precision_aware_optimizer, "RunConfig.check refuses this"
@@ -86,22 +86,22 @@ def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return [part for part in chain if not part.is_stub_optimizer]
 
 
-def _distributed_shards(part: Any, names: Names) -> Iterator[Shard]:
+def _distributed_shards(part: Any, names: Names) -> Iterator[ParameterShard]:
     for parameter in (p for buffer in part.buffers for p in buffer.params):
         main, start = parameter.new_empty(0, dtype=torch.float32, requires_grad=False), 0
         if parameter in part.model_param_group_index_map:
             group, position = part.model_param_group_index_map[parameter]
             main = part.optimizer.param_groups[group]["params"][position]
             start = part._get_model_param_range_map(parameter)["param"].start
-        yield Shard(names[parameter], main, parameter, start, part.data_parallel_group)
+        yield ParameterShard(names[parameter], main, parameter, start, part.data_parallel_group)
 
 
-def _whole_shards(part: MegatronOptimizer, names: Names) -> Iterator[Shard]:
+def _whole_shards(part: MegatronOptimizer, names: Names) -> Iterator[ParameterShard]:
     mains = {id(main) for group in part.optimizer.param_groups for main in group["params"]}
     for parameter, name in names.items():
         main = getattr(parameter, "main_param", parameter)
         if id(main) in mains:
-            yield Shard(name, main, parameter)
+            yield ParameterShard(name, main, parameter)
 
 
 def _unwrapped(name: str) -> str:

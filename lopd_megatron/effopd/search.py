@@ -15,12 +15,12 @@ Acceptance = Literal["at_least", "strict"]
 
 
 @dataclass(frozen=True)
-class Score:
-    """A held-out measurement of the weights in place; larger is better."""
+class HeldOutScore:
+    """A held-out measurement of the weights in the model; larger is better."""
 
     value: float
     standard_error: float
-    """Of `value`, from the spread over documents or problems; 0 where there is one."""
+    """The error of `value`, from the spread over documents or problems."""
     count: int
     """Documents or problems behind it."""
 
@@ -30,7 +30,7 @@ class Trial:
     """One scored point W + multiplier·Δ."""
 
     multiplier: int
-    score: Score
+    score: HeldOutScore
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class SearchResult:
     trials: tuple[Trial, ...]
 
     @property
-    def score(self) -> Score:
+    def score(self) -> HeldOutScore:
         """Of the point that was taken."""
         return next(trial.score for trial in self.trials if trial.multiplier == self.multiplier)
 
@@ -51,7 +51,7 @@ def is_trigger(iteration: int, first_trigger: int) -> bool:
     return iteration >= first_trigger and iteration & (iteration - 1) == 0
 
 
-def search(score: Callable[[int], Score], *, max_k: int, acceptance: Acceptance) -> SearchResult:
+def search(score: Callable[[int], HeldOutScore], *, max_k: int, acceptance: Acceptance) -> SearchResult:
     """Walk outwards while the score holds. Calls `score(0)` and then at most `max_k` candidates.
 
     `at_least` (the paper) takes a candidate as good as the best so far, `strict` (the released code) only a

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -11,22 +10,19 @@ import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
 
 import torch.distributed as dist
 
 from lopd_megatron.config import RunConfig
 from lopd_megatron.data.loader import StepBatch
 from lopd_megatron.data.store import open_dataset
-from lopd_megatron.effopd.held_out import HeldOutLoss
 from lopd_megatron.effopd.hook import EffOPDHook
-from lopd_megatron.effopd.scores import HeldOutSums
-from lopd_megatron.effopd.search import Score
-from lopd_megatron.model.weights import export_hf
-from lopd_megatron.parallel.vocab import VocabRange
+from lopd_megatron.effopd.search import HeldOutScore
+from lopd_megatron.estimates import ratio
+from lopd_megatron.train.held_out import DocumentSums, HeldOutMetric
 from lopd_megatron.train.setup import build_loader
 from lopd_megatron.train.state import Hook, Trainer
-from lopd_megatron.train.step import run_microbatches
+from lopd_megatron.train.validate import held_out_pass
 
 EVALUATION_HOURS = 12
 """How long ranks wait for an evaluation on rank 0."""
@@ -40,37 +36,39 @@ def effopd_hooks(config: RunConfig, arguments: Sequence[str]) -> list[Hook]:
     if not config.effopd.enabled:
         return []
     score = AccuracyScore(config, arguments) if config.effopd.score == "accuracy" else HeldOutForward(config)
-    return [cast(Hook, EffOPDHook(config.effopd, score))]  # a stage has no base class of another
+    return [EffOPDHook(config.effopd, score)]
 
 
 class HeldOutForward:
-    """Score by one forward pass over the first `train.eval_documents` of `data.valid_prefixes`."""
+    """Score by one forward pass over the first `train.eval_documents` of `data.valid_prefixes`.
+
+    `topk_kl` is minus KL(π_θ ‖ π_T) over the token classes. `squared_log_ratio` is minus
+    ½ (log π_θ − log π_T)² of the sampled token, the loss of Lightning OPD without its clip; it may improve
+    while accuracy falls.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         self._dataset = open_dataset(config.data.valid_prefixes)
-        self._topk = config.effopd.score == "topk_kl"
+        by_classes = config.effopd.score == "topk_kl"
+        self._metric: HeldOutMetric = "reverse_kl" if by_classes else "k2"
         self._config = config.model_copy(deep=True)
         # Decides which columns are read.
-        self._config.loss.objective = "topk_reverse_kl" if self._topk else "lightning_opd"
+        self._config.loss.objective = "topk_reverse_kl" if by_classes else "lightning_opd"
         self._config.loss.topk = config.loss.topk or self._dataset.topk
         self._config.train.global_batch_size = min(config.train.eval_documents, len(self._dataset))
         self._batch: StepBatch | None = None
 
-    def __call__(self, trainer: Trainer) -> Score:
+    def __call__(self, trainer: Trainer) -> HeldOutScore:
         """The same documents at every call, kept in host memory. Collective over the world."""
-        topology, spec, config = trainer.topology, trainer.spec, self._config
         if self._batch is None:
-            self._batch = build_loader(config, spec, topology, self._dataset).step(0)
-        sums = HeldOutSums(len(self._dataset), topology.device)
-        loss: Any = HeldOutLoss(
-            "topk_kl" if self._topk else "squared_log_ratio",
-            config.loss,
-            sums,
-            vocab=VocabRange.of(spec.vocab_size, spec.padded_vocab_size, topology.tp_group),
-            sequence_parallel=config.parallel.sequence_parallel,
-        )
-        run_microbatches(dataclasses.replace(trainer, loss=loss), self._batch, forward_only=True)
-        return sums.score([topology.dp_cp_group, topology.pp_group])
+            loader = build_loader(self._config, trainer.spec, trainer.topology, self._dataset)
+            self._batch = loader.step(0)
+        by_document = DocumentSums(self._metric, len(self._dataset), trainer.topology.device)
+        held_out_pass(trainer, self._config, self._batch, by_document)
+        topology = trainer.topology
+        sums, tokens, _ = by_document.pooled([topology.dp_cp_group, topology.pp_group])
+        found = ratio(sums, tokens)
+        return HeldOutScore(-found.value, found.standard_error, len(sums))
 
 
 class AccuracyScore:
@@ -85,18 +83,17 @@ class AccuracyScore:
         self._arguments = list(arguments)
         self._group: dist.ProcessGroup | None = None
 
-    def __call__(self, trainer: Trainer) -> Score | None:
+    def __call__(self, trainer: Trainer) -> HeldOutScore | None:
         """Export, evaluate, read the accuracy; None on other ranks. Collective over the world."""
         if self._group is None:  # NCCL gives up after minutes
             self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=EVALUATION_HOURS))
         folder = Path(self._config.run_dir) / "effopd" / "candidate"
-        chunks = [chunk.module for chunk in trainer.model]
-        export_hf(chunks, trainer.spec, trainer.topology, folder, self._config.model.student, overwrite=True)
+        trainer.export(folder)
         score = self._evaluate(folder) if trainer.topology.rank == 0 else None
         dist.barrier(self._group)
         return score
 
-    def _evaluate(self, folder: Path) -> Score:
+    def _evaluate(self, folder: Path) -> HeldOutScore:
         name = "effopd_candidate"
         results = self._config.paths.evaluation
         shutil.rmtree(results / name, ignore_errors=True)
@@ -108,7 +105,7 @@ class AccuracyScore:
         command = [sys.executable, "-m", "lopd_megatron", "evaluate", *self._arguments, *settings]
         subprocess.run(command, check=True, env=_outside_of_torchrun())
         found = json.loads(summary.read_text())
-        return Score(found["accuracy"], found["standard_error"], found["num_problems"])
+        return HeldOutScore(found["accuracy"], found["standard_error"], found["num_problems"])
 
 
 def _outside_of_torchrun() -> dict[str, str]:

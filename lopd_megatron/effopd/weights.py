@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 
 @dataclass(frozen=True)
-class Shard:
+class ParameterShard:
     """This rank's part of one trained parameter, as the optimizer updates it; it may be empty."""
 
     name: str
@@ -36,7 +36,7 @@ class WeightLine:
     from them, not computed, so both restore every bit.
     """
 
-    def __init__(self, shards: Sequence[Shard]) -> None:
+    def __init__(self, shards: Sequence[ParameterShard]) -> None:
         self.shards = list(shards)
         self.accepted = [_host_copy(shard.main) for shard in self.shards]
         self._current: list[torch.Tensor] = []

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
+
+from lopd_megatron import estimates
 
 
 def summarize(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -24,9 +25,9 @@ def summarize(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     majorities = [float(_majority(group)) for group in by_problem.values()]
     passes = [float(any(row["correct"] for row in group)) for group in by_problem.values()]
     all_rows = [row for group in by_problem.values() for row in group]
-    accuracy, error = _mean_and_error(means)
+    accuracy, error = estimates.mean(means)
     metrics = {
-        f"{name}@{count}": dict(zip(("value", "standard_error"), _mean_and_error(values), strict=True))
+        f"{name}@{count}": estimates.mean(values)._asdict()
         for name, count, values in (
             ("pass", 1, means),
             ("avg", k, means),
@@ -54,11 +55,3 @@ def _majority(group: list[dict[str, Any]]) -> bool:
         return False
     winner = votes.most_common(1)[0][0]
     return next(row["correct"] for row in group if row["extracted"] == winner)
-
-
-def _mean_and_error(values: list[float]) -> tuple[float, float]:
-    n = len(values)
-    mean = sum(values) / n
-    if n == 1:
-        return mean, 0.0
-    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)

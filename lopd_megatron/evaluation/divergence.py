@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lopd_megatron.train.held_out import ratio_error
+from lopd_megatron.estimates import ratio
 
 SMALLEST_REST = 2.0**-24
 """Of either model: float32 log-probs say no more of what is left."""
@@ -44,10 +44,10 @@ class Measured:
             "prompts": len(self.tokens),
             "responses": int(self.responses.sum()),
             "response_tokens": int(self.tokens.sum()),
-            "sampled_kl": ratio(self.sampled, self.tokens),
-            "kl_estimate": ratio(self.estimates, self.tokens),
-            "class_kl": ratio(self.classes, self.tokens),
-            "stopped": ratio(self.stopped, self.responses),
+            "sampled_kl": ratio(self.sampled, self.tokens)._asdict(),
+            "kl_estimate": ratio(self.estimates, self.tokens)._asdict(),
+            "class_kl": ratio(self.classes, self.tokens)._asdict(),
+            "stopped": ratio(self.stopped, self.responses)._asdict(),
             "teacher_stop_logprob": self.teacher_stop_logprob,
             "by_prompt": {
                 "tokens": self.tokens.tolist(),
@@ -65,12 +65,6 @@ class Measured:
             f"{classes['value']:.4f} ± {classes['standard_error']:.4f} nats per token "
             f"({found['response_tokens']} tokens); {stopped['value']:.0%} of the responses stop by themselves"
         )
-
-
-def ratio(sums: np.ndarray, counts: np.ndarray) -> dict[str, float]:
-    """Σ sums / Σ counts and its standard error over prompts."""
-    value = float(sums.sum() / counts.sum())
-    return {"value": value, "standard_error": ratio_error(sums - value * counts, counts)}
 
 
 def measured(by_teacher: Sequence[dict[str, Any]], by_model: Sequence[dict[str, Any]], topk: int) -> Measured:

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 
 from lopd_megatron.config import EngineConfig
-from lopd_megatron.imports import quick_imports
 from lopd_megatron.inference.engine_settings import (
     CPU_ENVIRONMENT,
     QUIET_ENVIRONMENT,
@@ -37,13 +36,13 @@ from lopd_megatron.inference.requests import (
     Generation,
     GenerationRequest,
     Sampling,
-    Score,
     ScoreRequest,
     ScoringPath,
+    TokenScores,
 )
 from lopd_megatron.inference.sizes import check_fits, read_shape
 
-_closed_in_process: list[Any] = []
+_pending_shutdown: list[Any] = []
 """Engines on the CPU that were closed and not yet taken apart."""
 
 
@@ -72,13 +71,12 @@ class VllmEngine:
         if config.max_model_len == self.shape.max_position_embeddings:
             # One position more than the model has: never run, see engine_arguments.
             os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
-        take_apart_closed()
+        shutdown_pending_engines()
         self.dtype = engine_dtype(config, on_cpu=on_cpu)
         with warnings.catch_warnings():  # of torch, about vLLM's scan of all modules
             warnings.simplefilter("ignore", FutureWarning)
-            with quick_imports():
-                from vllm import EngineArgs, LLMEngine
-                from vllm.platforms import current_platform
+            from vllm import EngineArgs, LLMEngine
+            from vllm.platforms import current_platform
 
             # Not from torch, which would start CUDA in this process.
             gpu_bytes = 0 if on_cpu else current_platform.get_device_total_memory()
@@ -147,7 +145,7 @@ class VllmEngine:
 
     def score(
         self, requests: Iterable[ScoreRequest], *, topk: int, path: ScoringPath
-    ) -> Iterator[Score | Failure]:
+    ) -> Iterator[TokenScores | Failure]:
         """Log-probs at temperature 1 of exactly the given ids, float32; `scoring` describes the paths."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -169,7 +167,7 @@ class VllmEngine:
             return SamplingParams(**common, prompt_logprobs=topk)
 
         if native:
-            read: Callable[..., Score] = read_native
+            read: Callable[..., TokenScores] = read_native
         else:
             read = partial(read_stock if path == "stock" else read_tensors, topk=topk)
         keep = contextlib.nullcontext() if native or path == "stock" else _prompt_logprobs_as_tensors()
@@ -186,16 +184,16 @@ class VllmEngine:
         return True
 
     def close(self) -> None:
-        """End the engine. One in this process gives its memory back when the process ends or opens another.
+        """Release the engine. One in this process is only shut down when the next one opens.
 
-        Taking it apart costs 3 CPU-seconds, as much as starting it, and mostly nothing comes after it.
+        Its shutdown takes 3 CPU-seconds, and the process usually exits next.
         """
         if not hasattr(self, "_engine"):
             return
         if torch.cuda.is_available():
             self._engine.engine_core.shutdown()
         else:
-            _closed_in_process.append(self._engine)
+            _pending_shutdown.append(self._engine)
             gc.freeze()  # the collections at exit would look at every object of vLLM
         del self._engine
 
@@ -271,14 +269,14 @@ def _lost_engines() -> Iterator[None]:
         raise
 
 
-def take_apart_closed() -> None:
-    """Give the memory and the process group of closed engines back: vLLM allows one engine per process."""
-    if not _closed_in_process:
+def shutdown_pending_engines() -> None:
+    """Shut down the engines that were closed in this process: vLLM allows one engine per process."""
+    if not _pending_shutdown:
         return
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-    while _closed_in_process:
-        _closed_in_process.pop().engine_core.shutdown()
+    while _pending_shutdown:
+        _pending_shutdown.pop().engine_core.shutdown()
     cleanup_dist_env_and_memory()
     gc.collect()
 

@@ -9,14 +9,12 @@ import numpy as np
 import torch
 
 from lopd_megatron.data.alignment import Scorer
-from lopd_megatron.imports import quick_imports
 from lopd_megatron.progress import progress
 
 
 def hf_scorer(folder: str | Path) -> Scorer:
     """Load the causal LM of a Hugging Face folder on the CPU; for models of up to about a billion weights."""
-    with quick_imports():
-        from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
 

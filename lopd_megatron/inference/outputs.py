@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lopd_megatron.inference.requests import Generation, GenerationRequest, Score, ScoreRequest
+from lopd_megatron.inference.requests import Generation, GenerationRequest, ScoreRequest, TokenScores
 
 
 class BadAnswer(Exception):
@@ -28,17 +28,17 @@ def read_generation(request: GenerationRequest, output: Any) -> Generation:
     return Generation(request.key, tokens, logprobs, sample.finish_reason)
 
 
-def read_native(request: ScoreRequest, output: Any) -> Score:
+def read_native(request: ScoreRequest, output: Any) -> TokenScores:
     return _score(request, None, output.prompt_token_id_logprobs, 0)
 
 
-def read_tensors(request: ScoreRequest, output: Any, *, topk: int) -> Score:
+def read_tensors(request: ScoreRequest, output: Any, *, topk: int) -> TokenScores:
     kept = output.prompt_logprobs
     rows = slice(request.start - 1, None)
     return _score(request, kept.logprob_token_ids[rows].numpy(), kept.logprobs[rows].numpy(), topk)
 
 
-def read_stock(request: ScoreRequest, output: Any, *, topk: int) -> Score:
+def read_stock(request: ScoreRequest, output: Any, *, topk: int) -> TokenScores:
     """Of {id: Logprob} per position."""
     given = request.tokens[request.start :]
     ids = np.empty((len(given), 1 + topk), np.int64)
@@ -53,8 +53,8 @@ def read_stock(request: ScoreRequest, output: Any, *, topk: int) -> Score:
     return _score(request, ids, logprobs, topk)
 
 
-def _score(request: ScoreRequest, ids: np.ndarray | None, logprobs: np.ndarray, topk: int) -> Score:
-    """Split [r, 1 + k] (sampled token first, then the k most likely) into a `Score`; check its alignment."""
+def _score(request: ScoreRequest, ids: np.ndarray | None, logprobs: np.ndarray, topk: int) -> TokenScores:
+    """Split [r, 1 + k], the sampled token first and then the k most likely; check the alignment."""
     given = request.tokens[request.start :]
     if logprobs is None or logprobs.shape != (len(given), 1 + topk):
         shape = None if logprobs is None else logprobs.shape
@@ -66,22 +66,6 @@ def _score(request: ScoreRequest, ids: np.ndarray | None, logprobs: np.ndarray, 
     if not np.isfinite(logprobs).all():
         raise BadAnswer(f"not finite: the log-prob at position {int(np.argmin(np.isfinite(logprobs[:, 0])))}")
     logprobs = logprobs.astype(np.float32)
-    return Score(
+    return TokenScores(
         request.key, logprobs[:, 0].copy(), ids[:, 1:].astype(np.int32), np.ascontiguousarray(logprobs[:, 1:])
     )
-
-
-def _from_dicts(
-    positions: list[dict[int, Any]], request: ScoreRequest, topk: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """vLLM's dictionaries, {id: Logprob} per position, as [r, 1 + k] arrays."""
-    given = request.tokens[request.start :]
-    ids = np.empty((len(given), 1 + topk), np.int64)
-    logprobs = np.empty((len(given), 1 + topk), np.float32)
-    for row, (token, entries) in enumerate(zip(given, positions, strict=True)):
-        # The given token is there besides the k most likely, or is one of them: then it has rank ≤ k.
-        likely = sorted((entry.rank, key) for key, entry in entries.items())[:topk]
-        columns = [token, *(key for _, key in likely)]
-        ids[row] = columns
-        logprobs[row] = [entries[key].logprob for key in columns]
-    return ids, logprobs

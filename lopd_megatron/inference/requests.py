@@ -35,6 +35,8 @@ class GenerationRequest:
     key: Key
     prompt_tokens: list[int]
     seed: int
+    document_id: str = ""
+    """Names the document that the answer becomes, where no shard does."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class ScoreRequest:
 
 
 @dataclass(frozen=True)
-class Score:
+class TokenScores:
     key: Key
     logprobs: np.ndarray  # float32 [r]
     topk_ids: np.ndarray  # int32 [r, k], most likely first
@@ -84,7 +86,7 @@ class Engine(Protocol):
 
     def score(
         self, requests: Iterable[ScoreRequest], *, topk: int, path: ScoringPath
-    ) -> Iterator[Score | Failure]: ...
+    ) -> Iterator[TokenScores | Failure]: ...
 
     def close(self) -> None: ...
 

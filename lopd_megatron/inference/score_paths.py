@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from lopd_megatron.errors import UserError
-from lopd_megatron.inference.requests import Engine, Failure, Score, ScoreRequest, ScoringPath
+from lopd_megatron.inference.requests import Engine, Failure, ScoreRequest, ScoringPath, TokenScores
 from lopd_megatron.progress import say
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
@@ -73,20 +73,20 @@ def sample_requests(vocab_size: int, longest: int) -> list[ScoreRequest]:
     ]
 
 
-def mean_difference(reference: list[Score], scores: list[Score]) -> float:
+def mean_difference(reference: list[TokenScores], scores: list[TokenScores]) -> float:
     """Mean |difference| over the given tokens and the top-k columns, in nats.
 
     Ids of the top-k are not compared: near ties may change places.
     """
 
-    def flat(answers: list[Score]) -> np.ndarray:
+    def flat(answers: list[TokenScores]) -> np.ndarray:
         return np.concatenate([np.append(a.logprobs, a.topk_logprobs) for a in answers])
 
     return float(np.abs(flat(reference) - flat(scores)).mean())
 
 
-def _scores(engine: Engine, requests: list[ScoreRequest], topk: int, path: ScoringPath) -> list[Score]:
-    found: dict[int, Score] = {}
+def _scores(engine: Engine, requests: list[ScoreRequest], topk: int, path: ScoringPath) -> list[TokenScores]:
+    found: dict[int, TokenScores] = {}
     for answer in engine.score(requests, topk=topk, path=path):
         if isinstance(answer, Failure):
             raise ValueError(answer.error)

@@ -16,7 +16,13 @@ import httpx
 import numpy as np
 
 from lopd_megatron.errors import UserError
-from lopd_megatron.inference.requests import Generation, GenerationRequest, Sampling, Score, ScoreRequest
+from lopd_megatron.inference.requests import (
+    Generation,
+    GenerationRequest,
+    Sampling,
+    ScoreRequest,
+    TokenScores,
+)
 from lopd_megatron.inference.server_key import headers
 from lopd_megatron.progress import say
 
@@ -79,14 +85,14 @@ class ServerClient:
 
         return self._ask(list(requests), body, read)
 
-    def score(self, requests: Iterable[ScoreRequest], *, topk: int) -> list[Score]:
+    def score(self, requests: Iterable[ScoreRequest], *, topk: int) -> list[TokenScores]:
         """Log-probs at temperature 1 of exactly the given ids, in the order of the requests."""
 
         def body(request: ScoreRequest) -> dict[str, Any]:
             parameters = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": topk, "detokenize": False}
             return {"token_ids": request.tokens, "sampling_params": parameters}
 
-        def read(request: ScoreRequest, answer: dict[str, Any]) -> Score:
+        def read(request: ScoreRequest, answer: dict[str, Any]) -> TokenScores:
             rows = answer["prompt_logprobs"][request.start :]
             return score_from_rows(request, rows, topk)
 
@@ -204,8 +210,8 @@ def versions_of(answer: dict[str, Any]) -> set[str]:
     return {span["version"] for span in answer["choices"][0]["weight_versions"]}
 
 
-def score_from_rows(request: ScoreRequest, rows: list[dict[str, Any]], topk: int) -> Score:
-    """vLLM's `prompt_logprobs` in JSON ({token id as text: {logprob, rank}}) of tokens[start:] → Score."""
+def score_from_rows(request: ScoreRequest, rows: list[dict[str, Any]], topk: int) -> TokenScores:
+    """From vLLM's `prompt_logprobs` in JSON, {token id as text: {logprob, rank}}, of tokens[start:]."""
     sampled = request.tokens[request.start :]
     assert len(rows) == len(sampled), f"{len(rows)} scores for {len(sampled)} tokens"
     logprobs = np.array(
@@ -217,4 +223,4 @@ def score_from_rows(request: ScoreRequest, rows: list[dict[str, Any]], topk: int
         ranked = sorted((entry["rank"], int(token), entry["logprob"]) for token, entry in row.items())
         for column, (_, token, logprob) in enumerate(ranked[:topk]):
             ids[position, column], values[position, column] = token, logprob
-    return Score(request.key, logprobs, ids, values)
+    return TokenScores(request.key, logprobs, ids, values)

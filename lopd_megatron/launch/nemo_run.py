@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from lopd_megatron.errors import EXIT_REQUEUE, UserError, run_program
-from lopd_megatron.imports import quick_imports
 from lopd_megatron.launch import sbatch, shell
 from lopd_megatron.launch.stages import WARNING_S, Stage, chain, refuse_short_time
 
@@ -53,8 +52,7 @@ def run(stages: Sequence[Stage], executor: str, *, dry_run: bool = False) -> int
             print(_scripts(stages).replace(folder, str(home)))
         return 0
     os.environ["NEMORUN_HOME"] = str(home)
-    with quick_imports():
-        from nemo_run.config import set_nemorun_home
+    from nemo_run.config import set_nemorun_home
 
     set_nemorun_home(str(home))  # its own command line has imported it before
     if executor == "slurm":

@@ -61,8 +61,8 @@ def clock_problems(times: Mapping[str, float]) -> dict[str, str]:
     }
 
 
-class Meeting:
-    """A key-value store all ranks reach, with rank 0 as the judge. Keys are `<what>/<rank>`."""
+class Rendezvous:
+    """A key-value store that all ranks reach; rank 0 decides. Keys are `<what>/<rank>`."""
 
     def __init__(self, nodes: Sequence[str], timeout: timedelta) -> None:
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -71,11 +71,11 @@ class Meeting:
         self.store = next(iter(dist.rendezvous("env://", timeout=timeout)))[0]
         self.timeout = timeout
 
-    def tell(self, what: str, value: object) -> None:
+    def publish(self, what: str, value: object) -> None:
         self.store.set(f"{what}/{self.rank}", json.dumps(value))
 
     def gather(self, what: str) -> dict[str, list[Any]]:
-        """What the ranks of every node told; a node with a rank silent until the time-out is absent."""
+        """What the ranks of every node published; a node with a rank silent until the time-out is absent."""
         end = time.monotonic() + self.timeout.total_seconds()
         found: dict[str, list[Any]] = {}
         for index, node in enumerate(self.nodes):
@@ -88,7 +88,7 @@ class Meeting:
             found[node] = [json.loads(self.store.get(f"{what}/{rank}")) for rank in ranks]
         return found
 
-    def verdict(self, what: str, problems: Mapping[str, str] | None) -> bool:
+    def decide(self, what: str, problems: Mapping[str, str] | None) -> bool:
         """Rank 0 gives the problems by node, the others pass None; True on all ranks if there are none."""
         if problems is not None:
             for node, problem in problems.items():
@@ -100,33 +100,33 @@ class Meeting:
 
 def check(nodes: Sequence[str], gpus: int, folder: Path, min_free_gib: float, timeout: timedelta) -> bool:
     """All checks; collective over all ranks. True on every rank when every node is fit."""
-    meeting = Meeting(nodes, timeout)
-    judge = meeting.rank == 0
-    meeting.tell("local", local_problems(folder, gpus, min_free_gib))
+    rendezvous = Rendezvous(nodes, timeout)
+    is_rank0 = rendezvous.rank == 0
+    rendezvous.publish("local", local_problems(folder, gpus, min_free_gib))
     problems: dict[str, str] | None = None
-    if judge:
-        told = meeting.gather("local")
-        problems = {node: "did not start" for node in nodes if node not in told}
-        problems |= {node: "; ".join(answers[0]) for node, answers in told.items() if any(answers)}
-    if not meeting.verdict("local", problems):
+    if is_rank0:
+        found = rendezvous.gather("local")
+        problems = {node: "did not start" for node in nodes if node not in found}
+        problems |= {node: "; ".join(answers[0]) for node, answers in found.items() if any(answers)}
+    if not rendezvous.decide("local", problems):
         return False
 
-    meeting.tell("time", time.time())  # right after the verdict reached everyone
-    if judge:
-        problems = clock_problems({node: times[0] for node, times in meeting.gather("time").items()})
-    if not meeting.verdict("time", problems):
+    rendezvous.publish("time", time.time())  # right after the decision reached everyone
+    if is_rank0:
+        problems = clock_problems({node: times[0] for node, times in rendezvous.gather("time").items()})
+    if not rendezvous.decide("time", problems):
         return False
 
-    meeting.tell("sum", _all_reduce(gpus, timeout))
-    if judge:
-        sums = meeting.gather("sum")
+    rendezvous.publish("sum", _all_reduce(gpus, timeout))
+    if is_rank0:
+        sums = rendezvous.gather("sum")
         problems = {node: "did not finish an all-reduce over all nodes" for node in nodes if node not in sums}
         problems |= {
-            node: f"all-reduce gave {answers}, not {meeting.world_size}"
+            node: f"all-reduce gave {answers}, not {rendezvous.world_size}"
             for node, answers in sums.items()
-            if any(answer != meeting.world_size for answer in answers)
+            if any(answer != rendezvous.world_size for answer in answers)
         }
-    return meeting.verdict("sum", problems)
+    return rendezvous.decide("sum", problems)
 
 
 def _all_reduce(gpus: int, timeout: timedelta) -> int:

@@ -22,7 +22,6 @@ from types import FrameType
 import psutil
 
 from lopd_megatron.errors import EXIT_INTERRUPTED, EXIT_REQUEUE
-from lopd_megatron.imports import quick_imports
 
 SETTLE_S = 5.0
 """After a worker asked for a requeue: time for the other nodes to say the same. `srun --kill-on-bad-exit`
@@ -56,9 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "SLURM_NODEID" in os.environ:
         os.environ.setdefault("PET_NODE_RANK", os.environ["SLURM_NODEID"])
 
-    with quick_imports():
-        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-        from torch.distributed.run import parse_args, run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
 
     options = parse_args(argv)
     options.signals_to_handle = "SIGHUP,SIGQUIT"

@@ -6,7 +6,7 @@ the metric sums and their place here; both are read once a step, when the sums a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -43,10 +43,13 @@ class FiniteCheck:
         count = torch.full((), tokens.count, dtype=torch.float64, device=bad.device)
         return {NONFINITE: torch.stack([bad.sum().double(), count])}
 
-    def raise_if_any(self, pooled: Mapping[str, torch.Tensor]) -> None:
+    def raise_if_any(
+        self, pooled: Mapping[str, torch.Tensor], document_name: Callable[[int], str] = "document {}".format
+    ) -> None:
         """Call with the pooled metric sums of a step, on every rank, before the optimizer step.
 
         Raises `NonFiniteLoss` on all ranks if any of them saw a bad token, and forgets the step.
+        `document_name` turns the index of a document into its name in the message.
         """
         seen, self._seen = self._seen, []
         if not float(pooled[NONFINITE][0]):
@@ -57,7 +60,7 @@ class FiniteCheck:
                 document = batch.document_indices[int(batch.tokens.sequence[first])]
                 token = int(batch.tokens.position[first])
                 raise NonFiniteLoss(
-                    f"the loss or log-prob of document {document}, token {token} is not finite "
+                    f"the loss or log-prob of {document_name(document)}, token {token} is not finite "
                     f"({int(batch.bad.sum())} such tokens in its micro-batch); "
                     "the weights have not been updated"
                 )

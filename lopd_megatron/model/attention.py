@@ -1,8 +1,8 @@
 """Packed attention without Transformer Engine: documents end to end in one THD row, causal inside each.
 
 Both classes are Megatron-Core `core_attention` modules for `PackedSeqParams(qkv_format="thd")`. Under context
-parallelism a document of s tokens is cut into 2·CP chunks and rank r holds chunks r and 2·CP−1−r (zigzag, so
-that causal work is even); keys and values are gathered over the context-parallel group, queries stay.
+parallelism a rank holds the tokens that `parallel.context` names; keys and values are gathered over the
+context-parallel group, queries stay.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ import inspect
 import itertools
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+
+from lopd_megatron.parallel.context import zigzag_indices
 
 
 class _PackedAttention(torch.nn.Module):
@@ -127,20 +130,14 @@ class VarlenAttention(_PackedAttention):
         )
 
 
-def zigzag_positions(length: int, size: int, rank: int, device: torch.device) -> torch.Tensor:
-    """Positions of a document of `length` tokens that context-parallel rank `rank` of `size` holds, int64."""
-    chunk = length // (2 * size)
-    first = torch.arange(rank * chunk, (rank + 1) * chunk, device=device)
-    last = 2 * size - 1 - rank
-    return torch.cat([first, torch.arange(last * chunk, (last + 1) * chunk, device=device)])
-
-
 def _zigzag_mask(length: int, size: int, rank: int, device: torch.device) -> torch.Tensor | None:
     """bool [queries, keys], True where attended; keys in rank-major order. None: plain causal."""
     if size == 1:
         return None
-    keys = torch.cat([zigzag_positions(length, size, other, device) for other in range(size)])
-    queries = zigzag_positions(length, size, rank, device)
+    positions = [zigzag_indices(np.array([length]), other, size) for other in range(size)]
+    keys, queries = (
+        torch.from_numpy(part).to(device) for part in (np.concatenate(positions), positions[rank])
+    )
     return keys[None, :] <= queries[:, None]
 
 

@@ -18,7 +18,6 @@ from lopd_megatron.errors import UserError
 from lopd_megatron.files import write_json
 from lopd_megatron.fingerprints import cache_folder
 from lopd_megatron.hf_folder import read_config, read_json
-from lopd_megatron.imports import quick_imports
 
 MODEL_TYPES = ("qwen3", "qwen3_moe", "qwen2", "llama")
 
@@ -76,10 +75,9 @@ def _computed(model_type: str, stored: dict[str, Any]) -> dict[str, Any]:
         kept = read_json(cache)
         if kept.get("sha256") == _hash(kept.get("config")):
             return kept["config"]
-    with quick_imports():
-        from transformers import CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING
 
-        found: dict[str, Any] = CONFIG_MAPPING[model_type](**stored).to_dict()
+    found: dict[str, Any] = CONFIG_MAPPING[model_type](**stored).to_dict()
     with contextlib.suppress(OSError, ValueError, TypeError):  # no room, or no JSON: computed again next time
         found = json.loads(json.dumps(found))
         write_json(cache, {"sha256": _hash(found), "config": found})

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from lopd_megatron.hf_folder import HfFolder
-from lopd_megatron.imports import quick_imports
 from lopd_megatron.model.student import StudentModel, full_logits
 from lopd_megatron.parallel.topology import Topology
 from lopd_megatron.records import MicroBatch
@@ -91,8 +90,7 @@ def fixed_documents(vocab_size: int, lengths: Sequence[int] = (16, 33, 64)) -> l
 
 def transformers_logits(folder: str | Path, documents: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """What transformers computes for the same documents, float32, eager attention, on the CPU."""
-    with quick_imports():
-        from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False

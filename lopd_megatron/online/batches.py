@@ -21,7 +21,7 @@ import numpy as np
 import torch.distributed as dist
 
 from lopd_megatron.config import RunConfig
-from lopd_megatron.data.build_dataset import Document
+from lopd_megatron.data.build_dataset import Document, document_of
 from lopd_megatron.data.in_memory import memory_dataset
 from lopd_megatron.data.loader import StepBatch
 from lopd_megatron.data.order import Order
@@ -30,20 +30,18 @@ from lopd_megatron.inference.requests import (
     Generation,
     GenerationRequest,
     Sampling,
-    Score,
     ScoreRequest,
+    TokenScores,
     document_seed,
 )
-from lopd_megatron.model.weights import export_hf
 from lopd_megatron.progress import say
-from lopd_megatron.train.checkpoint_state import parameters_are_current
 from lopd_megatron.train.first_logprobs import own_logprobs
 from lopd_megatron.train.setup import build_loader
 from lopd_megatron.train.state import Hook, StepResult, Trainer
 
 
 class Scorer(Protocol):
-    def score(self, requests: Iterable[ScoreRequest], *, topk: int) -> list[Score]: ...
+    def score(self, requests: Iterable[ScoreRequest], *, topk: int) -> list[TokenScores]: ...
 
 
 class Sampler(Scorer, Protocol):
@@ -158,17 +156,16 @@ class OnlineRollouts(Hook):
         requests = []
         for place in range(consumed, consumed + count):
             prompt = self.prompts[chosen[place // samples - first]]
-            seed = document_seed(rollouts.seed, f"{prompt.prompt_id}/{place % samples}/{place}")
-            requests.append(GenerationRequest((0, place), prompt.tokens, seed))
+            name = f"{prompt.prompt_id}/{place % samples}/{place}"
+            seed = document_seed(rollouts.seed, name)
+            requests.append(GenerationRequest((0, place), prompt.tokens, seed, name))
         return requests
 
     def _sync(self, trainer: Trainer) -> None:
         """Bring the weights to the student server and prove it: both engines must score tokens alike."""
         start = self._clock()
         folder = self.config.paths.online_weights
-        parameters_are_current(trainer)
-        chunks = [chunk.module for chunk in trainer.model]
-        export_hf(chunks, trainer.spec, trainer.topology, folder, self.config.model.student, overwrite=True)
+        trainer.export(folder)
         version = f"iteration {trainer.iteration}"
         probe = self._from_rank_0(lambda: self._scored_probe(str(folder.resolve()), version))
         difference = self._difference(trainer, probe)
@@ -189,7 +186,7 @@ class OnlineRollouts(Hook):
         student = self.engines.student
         student.reload(folder, version)
         requests = [
-            GenerationRequest((0, place), prompt.tokens, document_seed(0, prompt.prompt_id))
+            GenerationRequest((0, place), prompt.tokens, document_seed(0, prompt.prompt_id), prompt.prompt_id)
             for place, prompt in enumerate(self.prompts[: self.config.online.sync_documents])
         ]
         self._probe = self._probe or student.generate(requests, self.engines.sampling)
@@ -233,7 +230,7 @@ def pack(config: RunConfig, trainer: Trainer, documents: list[Document]) -> Step
 
 def score(
     scorer: Scorer, requests: Sequence[GenerationRequest], rollouts: Sequence[Generation], topk: int
-) -> list[Score]:
+) -> list[TokenScores]:
     """Scores of rollouts, in their order."""
     return scorer.score(
         [
@@ -247,27 +244,17 @@ def score(
 
 
 def documents_of(
-    requests: Sequence[GenerationRequest], rollouts: Sequence[Generation], scores: Sequence[Score]
+    requests: Sequence[GenerationRequest], rollouts: Sequence[Generation], scores: Sequence[TokenScores]
 ) -> list[Document]:
     """Scored rollouts as the columns of a dataset, token-aligned."""
     return [
-        _document(request.prompt_tokens, rollout, scored)
+        _document(request, rollout, scored)
         for request, rollout, scored in zip(requests, rollouts, scores, strict=True)
     ]
 
 
-def _document(prompt: list[int], rollout: Generation, scored: Score) -> Document:
-    before = len(prompt)
-
-    def padded(values: np.ndarray, fill: float) -> np.ndarray:
-        return np.concatenate([np.full((before, *values.shape[1:]), fill, values.dtype), values])
-
-    has_topk = scored.topk_ids.shape[1] > 0
-    return Document(
-        tokens=np.array([*prompt, *rollout.response_tokens], np.int32),
-        loss_mask=padded(np.ones(len(rollout.response_tokens), np.uint8), 0),
-        teacher_logprobs=padded(scored.logprobs, 0.0),
-        rollout_logprobs=padded(rollout.logprobs, 0.0),
-        teacher_topk_ids=padded(scored.topk_ids, -1) if has_topk else None,
-        teacher_topk_logprobs=padded(scored.topk_logprobs, 0.0) if has_topk else None,
-    )
+def _document(request: GenerationRequest, rollout: Generation, scored: TokenScores) -> Document:
+    columns = {"teacher_logprobs": scored.logprobs, "rollout_logprobs": rollout.logprobs}
+    if scored.topk_ids.shape[1]:
+        columns |= {"teacher_topk_ids": scored.topk_ids, "teacher_topk_logprobs": scored.topk_logprobs}
+    return document_of(request.document_id, request.prompt_tokens, rollout.response_tokens, **columns)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import functools
 
-from lopd_megatron.imports import quick_imports
-
 
 @functools.cache
 def prepare_megatron() -> None:
@@ -16,9 +14,8 @@ def prepare_megatron() -> None:
 
     Patches the process; a second call does nothing.
     """
-    with quick_imports():
-        from lopd_megatron.parallel import cpu, fixes, safe_pickles
+    from lopd_megatron.parallel import cpu, fixes, safe_pickles
 
-        cpu.install()
-        fixes.install()
-        safe_pickles.install()
+    cpu.install()
+    fixes.install()
+    safe_pickles.install()

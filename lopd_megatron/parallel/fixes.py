@@ -6,10 +6,12 @@ tell that a newer Megatron-Core has cured it; a test shows each fault without it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from lopd_megatron.errors import UserError
 from lopd_megatron.parallel.versions import megatron_version
 
 
@@ -92,12 +94,9 @@ def _patch_set_states(optimizer_class: Any) -> None:
 
 
 def _patch_sharded_state_dict(optimizer_class: Any) -> None:
-    """Two faults of the state dict that a save writes and a load fills.
+    """A fresh torch Adam has no state, and a load into it asserts: give it zeros first.
 
-    A fresh torch Adam has no state, so a load asserts: give it zeros first.
-    `fully_reshardable` computes offsets as if buckets had no padding between them, and so writes shifted
-    moments when several buckets are padded: refused here; one bucket (overlap_grad_reduce=False) is safe.
-    Cured when a save with padded buckets comes back equal under another layout.
+    Cured when a load into an optimizer that has made no step succeeds.
     """
     stock = optimizer_class.sharded_state_dict
 
@@ -110,9 +109,6 @@ def _patch_sharded_state_dict(optimizer_class: Any) -> None:
     ) -> Any:
         if is_loading:
             _fill_empty_state(self.optimizer)
-        kind = sharding_type or (metadata or {}).get("distrib_optim_sharding_type")
-        if not is_loading and kind == "fully_reshardable":
-            _refuse_padded_buckets(self.buffers)
         return stock(self, model_sharded_state_dict or {}, is_loading, sharding_type, metadata)
 
     optimizer_class.sharded_state_dict = sharded_state_dict
@@ -133,11 +129,20 @@ def _fill_empty_state(adam: torch.optim.Optimizer) -> None:
                 )
 
 
-def _refuse_padded_buckets(buffers: Any) -> None:
-    for buffer in buffers:
-        for bucket in buffer.buckets[:-1]:
-            if bucket.grad_data.numel() != bucket.numel_unpadded:
-                raise RuntimeError(
-                    f"gradient bucket {bucket.bucket_id} is padded and a fully_reshardable save would write "
-                    "shifted optimizer state; set optimizer.overlap_grad_reduce=false"
-                )
+def refuse_padded_buckets(model: Sequence[Any]) -> None:
+    """A UserError where a checkpoint of these data-parallel modules would hold shifted optimizer state.
+
+    A `fully_reshardable` save computes offsets as if buckets had no padding between them, and so writes
+    shifted moments where several buckets are padded; with one bucket (overlap_grad_reduce=false) it is right.
+    It depends on sizes alone, so it is refused before the first step and not at the first save.
+    Cured when a save with padded buckets comes back equal under another layout.
+    """
+    for chunk in model:
+        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+            for bucket in buffer.buckets[:-1]:
+                if bucket.grad_data.numel() != bucket.numel_unpadded:
+                    raise UserError(
+                        f"optimizer.overlap_grad_reduce=true makes a bucket of {bucket.numel_unpadded} "
+                        f"numbers that is padded to {bucket.grad_data.numel()}, and Megatron-Core would save "
+                        "shifted optimizer state; set optimizer.overlap_grad_reduce=false"
+                    )

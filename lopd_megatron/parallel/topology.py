@@ -28,7 +28,6 @@ class Topology:
     dp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup  # ranks that share a parameter shard and hold other tokens
     ep_group: dist.ProcessGroup
-    expert_tp_group: dist.ProcessGroup
     expert_dp_group: dist.ProcessGroup  # ranks that share an expert's parameter shard
     tp_rank: int
     tp_size: int
@@ -144,13 +143,13 @@ def _read(parallel: ParallelConfig, device: torch.device) -> Topology:
         "dp_group": state.get_data_parallel_group(),
         "dp_cp_group": state.get_data_parallel_group(with_context_parallel=True),
         "ep_group": state.get_expert_model_parallel_group(),
-        "expert_tp_group": state.get_expert_tensor_parallel_group(),
         "expert_dp_group": state.get_expert_data_parallel_group(),
     }
     coordinates: dict[str, int] = {}
+    dimensions = groups | {"expert_tp_group": state.get_expert_tensor_parallel_group()}
     for name in ("tp", "pp", "cp", "dp", "ep", "expert_tp"):
-        coordinates[f"{name}_rank"] = groups[f"{name}_group"].rank()
-        coordinates[f"{name}_size"] = groups[f"{name}_group"].size()
+        coordinates[f"{name}_rank"] = dimensions[f"{name}_group"].rank()
+        coordinates[f"{name}_size"] = dimensions[f"{name}_group"].size()
     return Topology(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),

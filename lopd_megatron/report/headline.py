@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from lopd_megatron.estimates import ratio_error
 from lopd_megatron.report.run_folder import RunFolder
 from lopd_megatron.report.svg import number
-from lopd_megatron.train.held_out import ERRORS, Verdict, change, ratio_error
+from lopd_megatron.train.held_out import ERRORS, Verdict, change
 
 NAMES = {
     "reverse_kl": "reverse KL to the teacher, held out",

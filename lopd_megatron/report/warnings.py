@@ -43,7 +43,7 @@ def _stages(run: RunFolder) -> Iterator[str]:
 
 def _data(run: RunFolder) -> Iterator[str]:
     for manifest in run.datasets:
-        truncated = manifest.kept.get("truncated", 0) + manifest.dropped.get("truncated", 0)
+        truncated = manifest.flagged_kept.get("truncated", 0) + manifest.dropped.get("truncated", 0)
         built_from = manifest.documents + sum(manifest.dropped.values())
         if truncated > MAX_TRUNCATED * built_from:
             yield (

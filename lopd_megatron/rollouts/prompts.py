@@ -16,7 +16,6 @@ from lopd_megatron.config import PromptsConfig, RunConfig
 from lopd_megatron.errors import UserError
 from lopd_megatron.files import sha256_file, write_json
 from lopd_megatron.fingerprints import tokenizer_fingerprint
-from lopd_megatron.imports import quick_imports
 from lopd_megatron.lineage import Lineage
 from lopd_megatron.progress import progress, say
 from lopd_megatron.records import PROMPT_SCHEMA
@@ -25,8 +24,7 @@ from lopd_megatron.rollouts.sources import Messages, read_rows
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
-    with quick_imports():
-        from transformers import AutoTokenizer
+    from transformers import AutoTokenizer
 
     if not Path(model).is_dir():
         raise UserError(f"model folder {model!r} does not exist; set model.student to a Hugging Face folder")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from lopd_megatron.inference.requests import Engine, Failure, Score, ScoreRequest, ScoringPath
+from lopd_megatron.inference.requests import Engine, Failure, ScoreRequest, ScoringPath, TokenScores
 from lopd_megatron.lineage import Lineage
 from lopd_megatron.records import ROLLOUT_SCHEMA, SCORE_SCHEMA
 from lopd_megatron.rollouts.shard_files import Kind
@@ -39,10 +39,10 @@ class ScoreJob:
     def document_id(self, source: pa.Table, position: int) -> str:
         return source["document_id"][position].as_py()
 
-    def answers(self, engine: Engine, requests: Iterable[ScoreRequest]) -> Iterator[Score | Failure]:
+    def answers(self, engine: Engine, requests: Iterable[ScoreRequest]) -> Iterator[TokenScores | Failure]:
         return engine.score(requests, topk=self.topk, path=self.path)
 
-    def table(self, source: pa.Table, answers: dict[int, Score]) -> pa.Table:
+    def table(self, source: pa.Table, answers: dict[int, TokenScores]) -> pa.Table:
         rows = sorted(answers)
         scores = [answers[row] for row in rows]
         columns = [source.take(rows)[name] for name in ROLLOUT_SCHEMA.names]

@@ -12,7 +12,7 @@ from lopd_megatron.data.alignment import Sample, compare, sample_indices
 from lopd_megatron.data.teacher_proof import PROOF_FILE
 from lopd_megatron.errors import UserError
 from lopd_megatron.files import write_json
-from lopd_megatron.inference.requests import Engine, Failure, Score, ScoreRequest, ScoringPath
+from lopd_megatron.inference.requests import Engine, Failure, ScoreRequest, ScoringPath, TokenScores
 from lopd_megatron.progress import say
 from lopd_megatron.records import SCORE_SCHEMA
 from lopd_megatron.rollouts import shard_files
@@ -50,14 +50,14 @@ def prove_teacher_column(
     samples, topks = _samples(folder, [manifest["rows"] for manifest in manifests], documents)
     if not samples:
         return
-    scores: list[Score] = []
+    scores: list[TokenScores] = []
 
     def score_again(texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
         requests = [
             ScoreRequest((0, row), [*prompt, *response], len(prompt))
             for row, (prompt, response) in enumerate(texts)
         ]
-        answers: dict[int, Score] = {}
+        answers: dict[int, TokenScores] = {}
         for answer in engine.score(requests, topk=topk, path=path):
             row = answer.key[1]
             if isinstance(answer, Failure):
@@ -90,7 +90,7 @@ _LEAST_SAME_IDS = 0.5
 """Near the end of the top-k, rounding lets other ids in."""
 
 
-def _compare_topk(stored: list[TopK], scores: list[Score]) -> tuple[float, float]:
+def _compare_topk(stored: list[TopK], scores: list[TokenScores]) -> tuple[float, float]:
     """Mean |difference| of the log-probs by rank, and the share of stored ids among the new ones."""
     distance, same, count = 0.0, 0, 0
     for (ids, logprobs), score in zip(stored, scores, strict=True):

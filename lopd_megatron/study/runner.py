@@ -8,16 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lopd_megatron import estimates
 from lopd_megatron.config import RunConfig
 from lopd_megatron.effopd.hook import EffOPDHook
-from lopd_megatron.effopd.search import Score
+from lopd_megatron.effopd.search import HeldOutScore
 from lopd_megatron.effopd.trainer_scores import HeldOutForward
 from lopd_megatron.evaluation.evaluate import read_problems
 from lopd_megatron.files import write_json
 from lopd_megatron.online.batches import Prompt
 from lopd_megatron.rollouts.prompts import Template, load_tokenizer
 from lopd_megatron.study.cells import Cell, Data, Part
-from lopd_megatron.study.workbench import Curve, Problem, Workbench, export, mean_and_error, train
+from lopd_megatron.study.workbench import Curve, Problem, Workbench, train
 from lopd_megatron.train.metrics import read_metrics
 from lopd_megatron.train.state import Hook, Trainer
 
@@ -77,7 +78,7 @@ class StudyRunner:
             correct, _, _ = self.bench.accuracy(
                 folder, problems, grader=config.evaluation.grader, temperature=0.0
             )
-            return mean_and_error(correct)
+            return estimates.mean(correct)._asdict()
 
         wanted = [i - done for i in CURVE_ITERATIONS if i > done]
         curve = Curve(wanted, measure, spent=sum(seconds.values()))
@@ -147,10 +148,10 @@ class SampledAccuracy:
         self._bench = bench
         self._problems = problems[:EFFOPD_PROBLEMS]
 
-    def __call__(self, trainer: Trainer) -> Score:
+    def __call__(self, trainer: Trainer) -> HeldOutScore:
         config = trainer.config
         folder = config.paths.run_dir / "candidate"
-        export(trainer, folder)
+        trainer.export(folder)
         correct, _, _ = self._bench.accuracy(
             str(folder),
             self._problems,
@@ -158,5 +159,4 @@ class SampledAccuracy:
             temperature=1.0,
             seed=trainer.iteration,  # the same draws for all candidates of a search
         )
-        found = mean_and_error(correct)
-        return Score(found["value"], found["standard_error"], len(correct))
+        return HeldOutScore(*estimates.mean(correct), len(correct))

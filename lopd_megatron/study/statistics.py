@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from lopd_megatron import estimates
 
 Result = dict[str, Any]
 """What result.json of a cell holds."""
@@ -36,12 +37,11 @@ def interval(values: Sequence[float]) -> Interval | None:
     n = len(values)
     if n == 0:
         return None
-    mean = sum(values) / n
+    mean, error = estimates.mean(values)
     if n == 1:
         return Interval(mean, None, 1)
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
     t = _T[n - 2] if n - 2 < len(_T) else 1.96
-    return Interval(mean, t * deviation / math.sqrt(n), n)
+    return Interval(mean, t * error, n)
 
 
 def over_seeds(results: Results, cell: str, metric: Metric) -> Interval | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from lopd_megatron import estimates
 from lopd_megatron.config import EngineConfig, RunConfig
 from lopd_megatron.data.build_dataset import write_dataset
 from lopd_megatron.data.manifest import manifest_path
@@ -30,8 +30,8 @@ from lopd_megatron.inference.requests import (
     Generation,
     GenerationRequest,
     Sampling,
-    Score,
     ScoreRequest,
+    TokenScores,
     document_seed,
 )
 from lopd_megatron.online.batches import Engines, OnlineRollouts, Prompt, documents_of, score
@@ -73,7 +73,7 @@ class LocalModel:
         with self.bench.lock:
             return _in_order(self.bench.engine(self.folder).generate(requests, sampling))
 
-    def score(self, requests: Iterable[ScoreRequest], *, topk: int) -> list[Score]:
+    def score(self, requests: Iterable[ScoreRequest], *, topk: int) -> list[TokenScores]:
         with self.bench.lock:
             return _in_order(self.bench.engine(self.folder).score(requests, topk=topk, path="flat"))
 
@@ -116,6 +116,7 @@ class Workbench:
                 (0, place * samples + sample),
                 prompt.tokens,
                 document_seed(seed, f"{prompt.prompt_id}/{sample}"),
+                f"{prompt.prompt_id}/{sample}",
             )
             for place, prompt in enumerate(prompts)
             for sample in range(samples)
@@ -145,7 +146,7 @@ class Workbench:
         requests, rollouts = self.rollouts(generator, prompts, seed=seed, samples=samples)
         sampled = time.process_time()
         if teacher is None:
-            scores = [Score(r.key, r.logprobs, *_no_topk(len(r.logprobs))) for r in rollouts]
+            scores = [TokenScores(r.key, r.logprobs, *_no_topk(len(r.logprobs))) for r in rollouts]
         else:
             scores = score(LocalModel(self, teacher), requests, rollouts, topk)
         scored = time.process_time()
@@ -196,9 +197,9 @@ class Workbench:
         scores = score(LocalModel(self, teacher), requests, rollouts, 0)
         gaps = [(r.logprobs - s.logprobs).astype(np.float64) for r, s in zip(rollouts, scores, strict=True)]
         return {
-            "greedy": mean_and_error(greedy),
-            "sampled": mean_and_error(sampled),
-            "reverse_kl": _ratio_and_error([gap.sum() for gap in gaps], [len(gap) for gap in gaps]),
+            "greedy": estimates.mean(greedy)._asdict(),
+            "sampled": estimates.mean(sampled)._asdict(),
+            "reverse_kl": estimates.ratio([gap.sum() for gap in gaps], [len(gap) for gap in gaps])._asdict(),
         }
 
 
@@ -215,7 +216,7 @@ def train(config: RunConfig, *, hooks: Sequence[Hook] = (), batches: BatchSource
     config.paths.run_dir.mkdir(parents=True, exist_ok=True)
     trainer = build_trainer(config, hooks=[*hooks, LogHook(config)], batches=batches)
     run_loop(trainer)
-    export(trainer, config.paths.hf)
+    trainer.export(config.paths.hf)
     return config.paths.hf
 
 
@@ -245,35 +246,12 @@ class Curve(Hook):
         if trainer.iteration in self._iterations:
             start = time.thread_time()
             folder = trainer.config.paths.run_dir / "curve"
-            export(trainer, folder)
+            trainer.export(folder)
             spent = self._spent + self.total
             self.points.append(
                 {"iteration": trainer.iteration, "seconds": spent, **self._measure(str(folder))}
             )
             self._measuring += time.thread_time() - start
-
-
-def export(trainer: Trainer, folder: Path) -> None:
-    """The live weights as a Hugging Face folder, over what is there."""
-    from lopd_megatron.model.weights import export_hf
-
-    chunks = [chunk.module for chunk in trainer.model]
-    source = trainer.config.model.student
-    export_hf(chunks, trainer.spec, trainer.topology, folder, source, overwrite=True)
-
-
-def mean_and_error(values: Sequence[float]) -> dict[str, float]:
-    """Mean of n values and its standard error."""
-    array = np.asarray(values, np.float64)
-    return {"value": float(array.mean()), "standard_error": float(array.std(ddof=1) / math.sqrt(len(array)))}
-
-
-def _ratio_and_error(sums: Sequence[float], counts: Sequence[int]) -> dict[str, float]:
-    """Σ sums / Σ counts; tokens of one document are not independent, documents are."""
-    total, count = np.asarray(sums), np.asarray(counts)
-    value = total.sum() / count.sum()
-    error = (total - value * count).std(ddof=1) / count.mean() / math.sqrt(len(count))
-    return {"value": float(value), "standard_error": float(error)}
 
 
 def _stamp(folder: str) -> Stamp:

@@ -13,7 +13,6 @@ import sys
 
 from lopd_megatron import cli
 from lopd_megatron.config import RunConfig
-from lopd_megatron.imports import quick_imports
 from lopd_megatron.train.launch_env import launch_rank
 from lopd_megatron.train.run_rank import run_rank
 
@@ -25,10 +24,10 @@ def main() -> int:
     from lopd_megatron.parallel import prepare_megatron
 
     prepare_megatron()
-    with quick_imports():
-        from lopd_megatron.effopd.trainer_scores import effopd_hooks
-        from lopd_megatron.train.hooks import own_hooks
-        from lopd_megatron.train.loop import run
+    from lopd_megatron.effopd.trainer_scores import effopd_hooks
+    from lopd_megatron.train.hooks import own_hooks
+    from lopd_megatron.train.loop import run
+
     hooks = [*own_hooks(config), *effopd_hooks(config, sys.argv[1:])]
     if not config.online.enabled:
         return run(config, hooks=hooks)

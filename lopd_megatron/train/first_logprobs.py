@@ -36,7 +36,7 @@ from lopd_megatron.data.alignment import AlignmentReport, Sample, compare, sampl
 from lopd_megatron.data.build_dataset import Document
 from lopd_megatron.data.in_memory import memory_dataset
 from lopd_megatron.data.loader import StepLoader
-from lopd_megatron.data.store import Dataset, Prefix
+from lopd_megatron.data.store import ConcatDataset, MappedDataset
 from lopd_megatron.data.teacher_proof import check_shift
 from lopd_megatron.errors import UserError
 from lopd_megatron.files import write_json
@@ -166,7 +166,7 @@ class FirstLogprobs(Hook):
         return ""
 
 
-def derived_limit(parts: Sequence[Prefix], spec: StudentSpec) -> float:
+def derived_limit(parts: Sequence[MappedDataset], spec: StudentSpec) -> float:
     """The largest root mean square that rounding explains, from what sampled the rollouts and what trains."""
     transformer = spec.transformer_config
     samplers = {part.manifest.lineage.engine.get("rollouts", {}).get("dtype") for part in parts}
@@ -175,11 +175,11 @@ def derived_limit(parts: Sequence[Prefix], spec: StudentSpec) -> float:
     return LIMIT_MIXTURE if transformer.num_moe_experts else LIMIT_BFLOAT16
 
 
-def _rollouts_of(trainer: Trainer) -> tuple[list[Prefix], bool]:
+def _rollouts_of(trainer: Trainer) -> tuple[list[MappedDataset], bool]:
     """The datasets that the start of this run wrote and True, or all of them and False."""
     start = trainer.checkpoints.inputs.get("model")
     assert isinstance(trainer.batches, StepLoader)
-    parts = [part for part in trainer.batches.dataset.prefixes if isinstance(part, Prefix)]
+    parts = [part for part in trainer.batches.dataset.prefixes if isinstance(part, MappedDataset)]
     generators = [part.manifest.lineage.generator for part in parts]
     own = [
         part
@@ -189,18 +189,14 @@ def _rollouts_of(trainer: Trainer) -> tuple[list[Prefix], bool]:
     return (own, True) if own else (parts, False)
 
 
-def _samples(parts: Sequence[Prefix]) -> list[Sample]:
+def _samples(parts: Sequence[MappedDataset]) -> list[Sample]:
     """Documents spread evenly over each dataset; `index` is the place in the dataset they are from."""
     found = []
     for part in parts:
-        dataset = Dataset([part])
+        dataset = ConcatDataset([part])
         for index in sample_indices(len(dataset), max(1, DOCUMENTS // len(parts))):
-            columns = dataset.document(index)
-            found.append(Sample(index, **{n: columns[n] for n in _COMPARED if n in columns}))
+            found.append(Sample.of(index, dataset.document(index), part.document_id(index)))
     return found
-
-
-_COMPARED = ("tokens", "loss_mask", "rollout_logprobs", "teacher_logprobs")
 
 
 def _check_teacher(samples: list[Sample], own: list[np.ndarray], where: str) -> None:

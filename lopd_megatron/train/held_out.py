@@ -12,8 +12,7 @@ log π_θ − log π_T on stored tokens may fall while the student gets worse; k
 objectives minimise, is 0 at the teacher alone, and rises on documents that were not trained when only
 replayed tokens are fitted.
 
-A ratio of sums Σs/Σn over d documents has the standard error √(Σ(s − value·n)²·d/(d−1)) / Σn: tokens of a
-document depend on each other, documents do not. Before and after are compared document by document.
+Before and after are compared document by document.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ import torch.distributed as dist
 
 from lopd_megatron.config import LossConfig
 from lopd_megatron.config.objectives import objective_spec
+from lopd_megatron.estimates import ratio, ratio_error
 from lopd_megatron.loss.loss import TokenSignals
 from lopd_megatron.train.metrics import read_metrics
 
@@ -104,7 +104,7 @@ class Validation:
 
     @property
     def standard_error(self) -> float:
-        return ratio_error(self.sums - self.value * self.tokens, self.tokens)
+        return ratio(self.sums, self.tokens).standard_error
 
     def line(self) -> dict[str, Any]:
         """Of `validation.jsonl`."""
@@ -120,14 +120,6 @@ class Validation:
 
     def text(self) -> str:
         return f"{self.value:.4g} ± {self.standard_error:.2g}"
-
-
-def ratio_error(residuals: np.ndarray, tokens: np.ndarray) -> float:
-    """Standard error of Σs/Σn from the residuals s − value·n of d documents; infinite for one document."""
-    d = len(residuals)
-    if d < 2:
-        return float("inf")
-    return float(np.sqrt((residuals**2).sum() * d / (d - 1)) / tokens.sum())
 
 
 @dataclass(frozen=True)

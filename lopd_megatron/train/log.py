@@ -85,7 +85,7 @@ class LogHook(Hook):
         metrics |= {
             "consumed_train_samples": trainer.consumed_train_samples,
             "grad_norm": self.results[-1].grad_norm,
-            "lr": self.results[-1].learning_rate,
+            "lr": self.results[-1].lr,
             "iteration_time_ms": 1e3 * seconds / len(self.results),
             "tokens_per_second_per_gpu": tokens / seconds / world_size,
             "peak_memory_gib": float(memory) / 2**30,

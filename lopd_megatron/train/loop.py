@@ -47,7 +47,8 @@ def run(
 def _run(
     config: RunConfig, inputs: list[dict[str, Any]], hooks: Sequence[Hook], batches: BatchSource | None
 ) -> int:
-    from lopd_megatron.train.setup import build_trainer, standard_hooks
+    from lopd_megatron.train.setup import build_trainer
+    from lopd_megatron.train.standard_hooks import standard_hooks
 
     trainer = build_trainer(config, hooks=hooks, batches=batches)
     trainer.hooks += standard_hooks(config)

@@ -13,10 +13,10 @@ import torch
 from lopd_megatron.config import RunConfig
 from lopd_megatron.config.objectives import objective_spec
 from lopd_megatron.data.loader import StepLoader
-from lopd_megatron.data.store import Dataset, open_dataset
-from lopd_megatron.errors import UserError
+from lopd_megatron.data.store import ConcatDataset, open_dataset
 from lopd_megatron.loss import Loss
 from lopd_megatron.model.flops import forward_flops
+from lopd_megatron.parallel import fixes
 from lopd_megatron.parallel import topology as grid
 from lopd_megatron.parallel.vocab import VocabRange
 from lopd_megatron.train.checkpoint import Checkpoints
@@ -55,7 +55,7 @@ def build_trainer(
         weights(chunks)
     model = wrap_model(chunks, spec, config)
     optimizer, scheduler = build_optimizer(model, spec, config)
-    refuse_padded_buckets(model)
+    fixes.refuse_padded_buckets(model)
     _connect_schedule(spec.transformer_config, model, optimizer, config)
     trainer = Trainer(
         config=config,
@@ -78,7 +78,7 @@ def build_loader(
     config: RunConfig,
     spec: StudentSpec,
     topology: Topology,
-    dataset: Dataset | None = None,
+    dataset: ConcatDataset | None = None,
     *,
     measured: bool = False,
 ) -> StepLoader:
@@ -102,7 +102,7 @@ def build_loader(
         num_microbatches_multiple_of=topology.pp_size if topology.virtual_size > 1 else 1,
         pad_to_multiple_of=topology.tp_size if parallel.sequence_parallel else 1,
         columns=needed_columns(config, topology, dataset.columns, measured),
-        flop_crossover=crossover_length(spec),
+        attention_crossover_length=attention_crossover_length(spec),
         prefetch=topology.device.type == "cuda",
     )
 
@@ -124,7 +124,7 @@ def needed_columns(
     return frozenset(needed)
 
 
-def crossover_length(spec: StudentSpec) -> float:
+def attention_crossover_length(spec: StudentSpec) -> float:
     """Document length at which attention costs as much as everything else, from two exact FLOP counts."""
     one, two = (forward_flops(spec, [length]) for length in (1, 2))
     per_pair = two - 2 * one  # f(s) = linear · s + pair · s (s + 1) / 2
@@ -214,22 +214,6 @@ def build_optimizer(model: Sequence[Any], spec: StudentSpec, config: RunConfig) 
     return optimizer, scheduler
 
 
-def refuse_padded_buckets(model: Sequence[Any]) -> None:
-    """A UserError where a checkpoint would hold shifted optimizer state: see `parallel/fixes.py`.
-
-    It depends on sizes alone, so it is said before the first step and not at the first save.
-    """
-    for chunk in model:
-        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
-            for bucket in buffer.buckets[:-1]:
-                if bucket.grad_data.numel() != bucket.numel_unpadded:
-                    raise UserError(
-                        f"optimizer.overlap_grad_reduce=true makes a bucket of {bucket.numel_unpadded} "
-                        f"numbers that is padded to {bucket.grad_data.numel()}, and Megatron-Core would save "
-                        "shifted optimizer state; set optimizer.overlap_grad_reduce=false"
-                    )
-
-
 def _connect_schedule(transformer: Any, model: Sequence[Any], optimizer: Any, config: RunConfig) -> None:
     """What Megatron's pipeline schedules call back; one callable per chunk under virtual stages."""
     from megatron.core.distributed import finalize_model_grads
@@ -256,32 +240,3 @@ def _set_environment(config: RunConfig) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
         os.environ.setdefault("NCCL_ALGO", "Ring")
-
-
-def standard_hooks(config: RunConfig) -> list[Hook]:
-    """In the order in which they act after a step: what ends the run, what is measured, what is kept."""
-    from lopd_megatron.data.held_out import held_out_prefixes
-    from lopd_megatron.train.first_logprobs import FirstLogprobs
-    from lopd_megatron.train.hooks import SaveHook, StopHook
-    from lopd_megatron.train.log import LogHook
-    from lopd_megatron.train.profile import ProfileHook
-    from lopd_megatron.train.staleness import StalenessHook
-    from lopd_megatron.train.validate import ValidateHook
-    from lopd_megatron.train.warning_log import WarningLog
-    from lopd_megatron.train.watch import WatchHook
-
-    warnings = WarningLog(config.paths.warnings)
-    validates = config.train.eval_interval > 0 and bool(held_out_prefixes(config))
-    trains_on_stored_rollouts = config.needs_teacher and not config.online.enabled
-    hooks: list[Hook] = [
-        *([] if config.online.enabled else [FirstLogprobs(config)]),  # servers are compared at every transfer
-        warnings,
-        WatchHook(warnings),
-        *([ValidateHook(config, warnings)] if validates else []),
-        *([StalenessHook(config.staleness, warnings)] if trains_on_stored_rollouts else []),
-        LogHook(config),
-        SaveHook(),
-        *([ProfileHook(config)] if config.train.profile_iters else []),
-    ]
-    # Made last: it takes over the signals that should still end a process whose settings are wrong.
-    return [StopHook(config.train.exit_duration_in_mins), *hooks]

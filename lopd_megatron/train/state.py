@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -73,7 +74,7 @@ class StepResult:
     metric_sums: dict[str, torch.Tensor]  # name → float64 [2]: numerator, denominator over the whole batch
     num_tokens: int  # prompt and response tokens of the whole batch, without padding
     grad_norm: float  # before clipping
-    learning_rate: float  # that this step used
+    lr: float  # that this step used
     flops: float  # of the whole batch, forward and backward, without recomputation
     seconds: float
 
@@ -100,3 +101,16 @@ class Trainer:
     @property
     def is_done(self) -> bool:
         return self.iteration >= self.config.train.train_iters
+
+    def export(self, folder: Path) -> None:
+        """Write the weights in training to `folder` as a Hugging Face folder, over an earlier one.
+
+        Collective over the world: every rank first gets the parameters of the last update, then rank 0
+        writes. `model.weights.export_hf` has the costs.
+        """
+        from lopd_megatron.model.weights import export_hf
+        from lopd_megatron.train.checkpoint_state import parameters_are_current
+
+        parameters_are_current(self)
+        chunks = [chunk.module for chunk in self.model]
+        export_hf(chunks, self.spec, self.topology, folder, self.config.model.student, overwrite=True)

@@ -35,8 +35,8 @@ def train_step(trainer: Trainer, batch: StepBatch) -> StepResult:
     trainer.optimizer.zero_grad()
     outputs = run_microbatches(trainer, batch, forward_only=False)
     metric_sums = pool_metric_sums([output.metric_sums for output in outputs], trainer)
-    check_finite(trainer, metric_sums)
-    learning_rate = current_learning_rate(trainer.optimizer)
+    check_finite(trainer, metric_sums, batch)
+    lr = current_learning_rate(trainer.optimizer)
     _, grad_norm, _ = trainer.optimizer.step()
     if not math.isfinite(grad_norm):
         raise UserError(
@@ -48,7 +48,7 @@ def train_step(trainer: Trainer, batch: StepBatch) -> StepResult:
         metric_sums=metric_sums,
         num_tokens=batch.num_total_tokens,
         grad_norm=grad_norm,
-        learning_rate=learning_rate,
+        lr=lr,
         flops=train_flops(trainer.spec, batch.sequence_lengths.tolist(), head_tokens=batch.num_tokens),
         seconds=time.perf_counter() - start,
     )
@@ -129,13 +129,13 @@ def pool_metric_sums(parts: list[dict[str, torch.Tensor]], trainer: Trainer) -> 
     return pooled
 
 
-def check_finite(trainer: Trainer, metric_sums: dict[str, torch.Tensor]) -> None:
+def check_finite(trainer: Trainer, metric_sums: dict[str, torch.Tensor], batch: StepBatch) -> None:
     """A UserError on every rank that names the document, if the loss of any token was not finite.
 
     Decided from the pooled sums, which all ranks have; only then one gather of who saw it.
     """
     try:
-        trainer.loss.finite.raise_if_any(metric_sums)
+        trainer.loss.finite.raise_if_any(metric_sums, batch.document_name)
     except NonFiniteLoss as error:
         messages = [""] * trainer.topology.world_size
         dist.all_gather_object(messages, str(error))

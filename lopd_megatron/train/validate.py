@@ -11,6 +11,7 @@ from lopd_megatron.data.held_out import held_out_prefixes
 from lopd_megatron.data.loader import StepBatch
 from lopd_megatron.data.store import open_dataset
 from lopd_megatron.progress import say
+from lopd_megatron.records import LossOutput
 from lopd_megatron.train.held_out import (
     DocumentSums,
     Validation,
@@ -91,14 +92,10 @@ class ValidateHook(Hook):
         if self.batch is None:
             loader = build_loader(self.config, trainer.spec, topology, self.dataset, measured=True)
             self.batch = loader.step(0)
-        loss = loss_of_run(self.config, trainer.spec, topology)
         by_document = DocumentSums(self.metric, len(self.dataset), topology.device)
-        loss.observe = by_document.add
-        validated = dataclasses.replace(trainer, loss=loss)
-        with torch.no_grad():
-            outputs = run_microbatches(validated, self.batch, forward_only=True)
+        validated, outputs = held_out_pass(trainer, self.config, self.batch, by_document)
         sums = pool_metric_sums([output.metric_sums for output in outputs], validated)
-        check_finite(validated, sums)
+        check_finite(validated, sums, self.batch)
         groups = [topology.dp_cp_group, topology.pp_group]
         values, tokens, estimates = by_document.pooled(groups)
         has_estimate = {"teacher_logprobs", "rollout_logprobs"} <= self.dataset.columns
@@ -108,3 +105,17 @@ class ValidateHook(Hook):
             self.seen.append(validation)
             self.log.write(trainer.iteration, validation.line())
         return sums
+
+
+def held_out_pass(
+    trainer: Trainer, config: RunConfig, batch: StepBatch, by_document: DocumentSums
+) -> tuple[Trainer, list[LossOutput]]:
+    """One forward pass with the loss of `config`: the trainer that made it, and its outputs.
+
+    `by_document` gets the tokens of every document. Collective over the model-parallel ranks.
+    """
+    loss = loss_of_run(config, trainer.spec, trainer.topology)
+    loss.observe = by_document.add
+    measuring = dataclasses.replace(trainer, loss=loss)
+    with torch.no_grad():
+        return measuring, run_microbatches(measuring, batch, forward_only=True)

@@ -1,8 +1,8 @@
 """Imported once by the fork server of `world.py`: what ranks import, or each of some two hundred would."""
 
 # ruff: noqa: F401
-from lopd_megatron.imports import quick_imports
 from lopd_megatron.parallel import prepare_megatron
+from tests.helpers.imports import quick_imports
 
 prepare_megatron()
 

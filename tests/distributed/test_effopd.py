@@ -54,13 +54,6 @@ def hook_for(config: RunConfig) -> Any:
     return hook
 
 
-def export(trainer: Any, folder: Path) -> None:
-    from lopd_megatron.model.weights import export_hf
-
-    chunks = [chunk.module for chunk in trainer.model]
-    export_hf(chunks, trainer.spec, trainer.topology, folder, trainer.config.model.student)
-
-
 def extrapolate(out: str, cases: list[tuple[str, str, dict[str, Any]]]) -> dict[str, list[float]]:
     """From `inputs/student` to `inputs/moved`: export the points m = 6 and m = −1 as HF folders.
 
@@ -85,7 +78,7 @@ def extrapolate(out: str, cases: list[tuple[str, str, dict[str, Any]]]) -> dict[
             hook.extrapolation.line.move(multiplier)
             publish(trainer.model, trainer.optimizer)
             scores[name].append(score(trainer).value)
-            export(trainer, Path(out) / f"{name}{multiplier}")
+            trainer.export(Path(out) / f"{name}{multiplier}")
     return scores
 
 
@@ -144,7 +137,7 @@ def searched_run(
     inputs: str, run_dir: str, settings: dict[str, Any], steps: int, first: int = 0
 ) -> dict[str, Any]:
     """Train with the real hook, score and checkpoints; from a checkpoint where `first` > 0."""
-    from lopd_megatron.train.setup import standard_hooks
+    from lopd_megatron.train.standard_hooks import standard_hooks
     from lopd_megatron.train.step import train_step
 
     # Scored on what it trains on: random teachers have nothing that would carry over to other documents.

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from lopd_megatron.errors import UserError
 from lopd_megatron.train.state import Trainer
@@ -80,9 +81,8 @@ def optimizer_faults(inputs: str, folder: str) -> None:
 
 def padded_buckets(inputs: str, folder: str) -> None:
     from megatron.core import distributed
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    from lopd_megatron.train import setup
+    from lopd_megatron.parallel import fixes
 
     stock_config = distributed.DistributedDataParallelConfig
     for precision in ("fp32", "bf16"):
@@ -94,14 +94,13 @@ def padded_buckets(inputs: str, folder: str) -> None:
         distributed.DistributedDataParallelConfig = functools.partial(stock_config, bucket_size=20_000)
         with pytest.raises(UserError, match="overlap_grad_reduce=false"):
             tiny_trainer(config)
-        refuse, setup.refuse_padded_buckets = setup.refuse_padded_buckets, lambda model: None
-        with stock(DistributedOptimizer, "sharded_state_dict"):
-            trainer = tiny_trainer(config)
-            advance(trainer, 3)
-            trainer.checkpoints.save(trainer)
-            expected = advance(trainer, 2)
+        refuse, fixes.refuse_padded_buckets = fixes.refuse_padded_buckets, lambda model: None
+        trainer = tiny_trainer(config)
+        advance(trainer, 3)
+        trainer.checkpoints.save(trainer)
+        expected = advance(trainer, 2)
         distributed.DistributedDataParallelConfig = stock_config
-        setup.refuse_padded_buckets = refuse
+        fixes.refuse_padded_buckets = refuse
         trainer = tiny_trainer(tiny_config(Path(inputs), run_dir, train__precision=precision))
         trainer.checkpoints.load_latest(trainer)
         loss, resumed = expected[-1][0], advance(trainer, 2)[-1][0]
@@ -127,7 +126,9 @@ def stale_parameters(inputs: str, folder: str) -> None:
             lambda trainer: None,
         )
         stale = saved_weights(trainer, run_dir / "stale")
+        trainer.export(run_dir / "stale_hf")
         checkpoint_state.parameters_are_current = corrected
+        trainer.export(run_dir / "current_hf")
         current = saved_weights(trainer, run_dir / "current")
         # A resume would gather them anew from the optimizer's part; an export takes them as they are.
         assert any(not torch.equal(stale[name], current[name]) for name in current)
@@ -135,6 +136,12 @@ def stale_parameters(inputs: str, folder: str) -> None:
         name = "embedding.word_embeddings.weight"
         rows = current[name].size(0)
         assert torch.equal(current[name], expected[name][:rows])
+        exported, outdated = (
+            load_file(run_dir / folder / "model.safetensors") for folder in ("current_hf", "stale_hf")
+        )
+        table = exported["model.embed_tokens.weight"]  # without the padding of the vocabulary
+        assert torch.equal(table, current[name][: len(table)])
+        assert any(not torch.equal(outdated[key], exported[key]) for key in exported)
 
 
 def saved_weights(trainer: Trainer, folder: Path) -> dict[str, torch.Tensor]:

@@ -49,7 +49,7 @@ class HfStudent:
     def score(self, requests: Any, *, topk: int) -> list[Any]:
         from transformers import AutoModelForCausalLM
 
-        from lopd_megatron.inference.requests import Score
+        from lopd_megatron.inference.requests import TokenScores
 
         model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
         scores = []
@@ -60,7 +60,7 @@ class HfStudent:
             labels = torch.tensor(request.tokens[request.start :])
             top = rows.topk(topk)
             scores.append(
-                Score(
+                TokenScores(
                     request.key,
                     rows.gather(1, labels[:, None])[:, 0].numpy(),
                     top.indices.int().numpy(),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -97,7 +99,7 @@ class Spoiled:
         teacher = batch.microbatches[0].teacher_logprobs
         if consumed and teacher is not None and dist.get_rank() == dist.get_world_size() - 1:
             teacher[:] = float("nan")
-        return batch
+        return dataclasses.replace(batch, document_name="document {0} (prompt/{0})".format)
 
 
 def refused(inputs: str, folder: str) -> list[str]:
@@ -139,7 +141,7 @@ def test_what_is_refused_says_why_on_every_rank(inputs: Path, tmp_path: Path) ->
     assert first == second
     nan, dataset, optimizer = first
     assert nan.startswith("iteration 2: ")
-    assert "document" in nan
+    assert re.search(r"document (\d+) \(prompt/\1\), token", nan)
     assert "another dataset" in dataset
     assert f"{inputs}/other" in dataset
     assert "use_distributed_optimizer" in optimizer

@@ -8,14 +8,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 from lopd_megatron.config import RunConfig
-from lopd_megatron.model.attention import zigzag_positions
 from lopd_megatron.model.student_spec import student_spec
 from lopd_megatron.parallel import topology as grid
+from lopd_megatron.parallel.context import zigzag_indices
 from lopd_megatron.records import MicroBatch
 from tests.distributed.world import run_world
 from tests.unit.model.tiny import LLAMA31, MOE, QWEN3
@@ -57,12 +58,7 @@ def packed(topology: grid.Topology) -> tuple[MicroBatch, torch.Tensor]:
     starts = whole.cu_seqlens.tolist()
     if topology.cp_size == 1:
         return whole, torch.arange(starts[-1])
-    mine = torch.cat(
-        [
-            start + zigzag_positions(length, topology.cp_size, topology.cp_rank, torch.device("cpu"))
-            for start, length in zip(starts[:-1], LENGTHS, strict=True)
-        ]
-    )
+    mine = torch.from_numpy(zigzag_indices(np.array(LENGTHS), topology.cp_rank, topology.cp_size))
     assert whole.tokens is not None
     return replace(whole, tokens=whole.tokens[:, mine]), mine
 

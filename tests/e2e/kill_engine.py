@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 
 from lopd_megatron.config import EngineConfig, RunConfig
-from lopd_megatron.imports import quick_imports
 from lopd_megatron.inference.engine_settings import CPU_ENVIRONMENT, QUIET_ENVIRONMENT
 from lopd_megatron.rollouts import programs
 from lopd_megatron.rollouts.prompts import run_prompts
 from lopd_megatron.rollouts.share import Share
 from tests.e2e.random_models import VOCABULARY, save_model
+from tests.helpers.imports import quick_imports
 from tests.unit.rollouts.pipeline import hashes
 
 STAGES = {"rollouts": programs.run_rollouts, "scores": programs.run_scoring}

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from lopd_megatron.config import EngineConfig
-from lopd_megatron.inference.engine import VllmEngine, _lost_engines, take_apart_closed
+from lopd_megatron.inference.engine import VllmEngine, _lost_engines, shutdown_pending_engines
 from lopd_megatron.inference.requests import (
     Failure,
     Generation,
     GenerationRequest,
     Sampling,
-    Score,
     ScoreRequest,
+    TokenScores,
     document_seed,
 )
 from lopd_megatron.inference.score_paths import choose_path
@@ -43,7 +43,7 @@ def environment() -> Iterator[None]:
     """An engine in this process sets variables and a process group that later tests must not inherit."""
     before = dict(os.environ)
     yield
-    take_apart_closed()
+    shutdown_pending_engines()
     assert not torch.distributed.is_initialized()
     os.environ.clear()
     os.environ.update(before)
@@ -91,7 +91,7 @@ def test_scores_equal_transformers(scorer, models, documents, path, topk) -> Non
     answers = in_order(scorer.score(documents, topk=topk, path=path))
     shifted = []
     for request, answer in zip(documents, answers, strict=True):
-        assert isinstance(answer, Score)
+        assert isinstance(answer, TokenScores)
         table = reference(models["a"], request.tokens)[request.start - 1 : -1]
         rows, given = np.arange(len(table)), request.tokens[request.start :]
         assert np.abs(answer.logprobs - table[rows, given]).max() < TOLERANCE

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "files", "imports", "progress", "records", "run_lock", "plugins", "config", "cli"),
+    ("errors", "estimates", "files", "progress", "records", "run_lock", "plugins", "config", "cli"),
     ("hf_folder",),
     ("fingerprints", "lineage", "refresh", "settings_reference", "layout_check"),
     ("loss", "parallel"),

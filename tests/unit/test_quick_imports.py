@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from lopd_megatron.imports import quick_imports
+from tests.helpers.imports import quick_imports
 
 
 class Node:
@@ -30,7 +30,6 @@ def test_the_collector_rests_and_forgets_what_was_made(monkeypatch: pytest.Monke
 
 
 def test_objects_of_the_caller_are_collected_where_nothing_was_new_to_import() -> None:
-    """load_tokenizer is called again and again beside live trainers, which are cycles."""
     node = Node()
     seen = weakref.ref(node)
     with quick_imports():

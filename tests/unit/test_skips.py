@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ def test_an_unknown_skip_fails(tmp_path: Path, reason: str, code: int, processes
     (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
     (tmp_path / "test_one.py").write_text(TEST.format(reason=reason))
     command = [sys.executable, "-m", "pytest", "-q", "--only-known-skips", *processes, "."]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # conftest.py imports from tests
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == code, done.stdout + done.stderr
     assert ("tests that should have run" in done.stdout) == bool(code)

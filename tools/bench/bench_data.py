@@ -41,7 +41,7 @@ from bench_data_official import load_official, walk_official, word_tokenizer
 
 from lopd_megatron.data.loader import StepLoader
 from lopd_megatron.data.packing import best_fit_decreasing, flop_cost, plan_step, utilisation
-from lopd_megatron.data.store import Dataset, open_dataset
+from lopd_megatron.data.store import ConcatDataset, open_dataset
 from lopd_megatron.data.writer import DatasetWriter
 from lopd_megatron.errors import run_program
 from lopd_megatron.files import write_json
@@ -184,7 +184,7 @@ def walk(loader: StepLoader, steps: int) -> None:
         loader.step(step * BATCH)
 
 
-def step_loader(dataset: Dataset, columns: frozenset[str] | None) -> StepLoader:
+def step_loader(dataset: ConcatDataset, columns: frozenset[str] | None) -> StepLoader:
     return StepLoader(
         dataset,
         seed=1,

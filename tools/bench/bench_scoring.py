@@ -43,9 +43,9 @@ from lopd_megatron.inference.requests import (
     Failure,
     GenerationRequest,
     Sampling,
-    Score,
     ScoreRequest,
     ScoringPath,
+    TokenScores,
 )
 from lopd_megatron.inference.score_paths import choose_path
 from lopd_megatron.progress import say
@@ -155,8 +155,10 @@ def measure(model: str, count: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def scores(engine: VllmEngine, documents: list[ScoreRequest], topk: int, path: ScoringPath) -> list[Score]:
-    found: list[Score] = []
+def scores(
+    engine: VllmEngine, documents: list[ScoreRequest], topk: int, path: ScoringPath
+) -> list[TokenScores]:
+    found: list[TokenScores] = []
     for answer in engine.score(documents, topk=topk, path=path):
         assert not isinstance(answer, Failure), answer.error
         found.append(answer)

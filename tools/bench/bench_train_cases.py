@@ -113,7 +113,6 @@ class RandomRow:
         return StepBatch(
             microbatches=[self._batch],
             seq_length=int(self._batch.cu_seqlens[-1]),
-            num_sequences=len(self._lengths),
             num_tokens=self._copies * int(self._batch.response_lengths.sum()),
             num_total_tokens=int(self._lengths.sum()),
             sequence_lengths=self._lengths,

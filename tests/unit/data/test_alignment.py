@@ -107,11 +107,14 @@ def test_one_swapped_document_among_many_does_not_hide_in_the_mean(
 def test_the_worst_place_is_reported(scorer: Scorer, samples: list[Sample]) -> None:
     values = samples[5].rollout_logprobs.copy()
     values[PROMPT + 4] -= 3.0
-    damaged = [replace(s, rollout_logprobs=values) if s.index == 5 else s for s in samples]
+    damaged = [
+        replace(s, rollout_logprobs=values, document_id="prompt/3") if s.index == 5 else s for s in samples
+    ]
     report = compare(damaged, scorer, TOLERANCE)
     assert (report.worst_document, report.worst_position) == (5, PROMPT + 4)
+    assert report.worst_document_id == "prompt/3"
     assert report.max_abs_difference == pytest.approx(3.0, abs=1e-4)
-    assert "document 5, token 7" in report.line()
+    assert "document 5 (prompt/3), token 7" in report.line()
 
 
 def test_untrained_tokens_do_not_count(scorer: Scorer, samples: list[Sample]) -> None:

@@ -89,12 +89,26 @@ ROWS = {
 @pytest.mark.parametrize(
     ("switches", "documents", "dropped", "kept"),
     [
-        pytest.param({}, 3, {"truncated": 0, "repeated": 0}, {"truncated": 2, "repeated": 1}, id="count"),
         pytest.param(
-            {"drop_truncated": True}, 1, {"truncated": 2, "repeated": 0}, {"truncated": 0}, id="truncated"
+            {},
+            3,
+            {"truncated": 0, "degenerate_repeat": 0},
+            {"truncated": 2, "degenerate_repeat": 1},
+            id="count",
         ),
         pytest.param(
-            {"drop_repeated": True}, 2, {"truncated": 0, "repeated": 1}, {"truncated": 1}, id="repeated"
+            {"drop_truncated": True},
+            1,
+            {"truncated": 2, "degenerate_repeat": 0},
+            {"truncated": 0},
+            id="truncated",
+        ),
+        pytest.param(
+            {"drop_repeated": True},
+            2,
+            {"truncated": 0, "degenerate_repeat": 1},
+            {"truncated": 1},
+            id="degenerate_repeat",
         ),
     ],
 )
@@ -104,14 +118,14 @@ def test_everything_left_out_is_counted_once(
     manifest = build(tmp_path, [list(ROWS.values())], Filters(1000, **switches))
     assert manifest.documents == documents
     assert manifest.dropped == {"empty": 2, "too_long": 1, "non_finite": 3} | dropped
-    assert manifest.kept.items() >= kept.items()
+    assert manifest.flagged_kept.items() >= kept.items()
     assert manifest.documents + sum(manifest.dropped.values()) == len(ROWS)
 
 
 def test_a_loop_needs_its_whole_tail(tmp_path: Path) -> None:
     broken = [*LOOP[:-100], 1, *LOOP[-99:]]
     manifest = build(tmp_path, [[row("a", [1], LOOP), row("b", [1], broken)]])
-    assert manifest.kept["repeated"] == 1
+    assert manifest.flagged_kept["degenerate_repeat"] == 1
 
 
 def test_all_rollouts_left_out(tmp_path: Path) -> None:

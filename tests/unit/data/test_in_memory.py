@@ -11,7 +11,7 @@ import torch
 from lopd_megatron.data.build_dataset import Document, write_dataset
 from lopd_megatron.data.in_memory import memory_dataset
 from lopd_megatron.data.loader import StepLoader
-from lopd_megatron.data.store import Dataset, open_dataset
+from lopd_megatron.data.store import ConcatDataset, open_dataset
 
 
 def random_documents(count: int, topk: int) -> list[Document]:
@@ -40,7 +40,7 @@ def test_memory_and_disk_give_the_same_batches(tmp_path: Path, topk: int) -> Non
     documents = random_documents(12, topk)
     write_dataset(tmp_path / "d", documents)
 
-    def batches(dataset: Dataset, rank: int) -> list:
+    def batches(dataset: ConcatDataset, rank: int) -> list:
         loader = StepLoader(
             dataset,
             seed=1,

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lopd_megatron.data.build_dataset import Document, write_dataset
-from lopd_megatron.data.loader import FIELDS, StepBatch, StepLoader, zigzag_indices
-from lopd_megatron.data.store import Dataset, open_dataset
+from lopd_megatron.data.loader import FIELDS, StepBatch, StepLoader
+from lopd_megatron.data.store import ConcatDataset, open_dataset
 from lopd_megatron.errors import UserError
+from lopd_megatron.parallel.context import zigzag_indices
 from lopd_megatron.records import MicroBatch
 from tests.unit.data.samples import documents
 
@@ -21,7 +22,7 @@ SEED = 11
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> ConcatDataset:
     """Two prefixes, 70 documents in all."""
     folder = tmp_path_factory.mktemp("loader")
     write_dataset(folder / "a", documents(50, seed=1, longest=40, topk=2))
@@ -29,7 +30,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return open_dataset([folder / "a", folder / "b"])
 
 
-def loader(dataset: Dataset, **options: Any) -> StepLoader:
+def loader(dataset: ConcatDataset, **options: Any) -> StepLoader:
     settings: dict[str, Any] = {
         "seed": SEED,
         "global_batch_size": 16,
@@ -41,7 +42,7 @@ def loader(dataset: Dataset, **options: Any) -> StepLoader:
     return StepLoader(dataset, **(settings | options))
 
 
-def all_ranks(dataset: Dataset, consumed: int, size: int, **options: Any) -> list[StepBatch]:
+def all_ranks(dataset: ConcatDataset, consumed: int, size: int, **options: Any) -> list[StepBatch]:
     return [
         loader(dataset, data_parallel_rank=rank, data_parallel_size=size, **options).step(consumed)
         for rank in range(size)
@@ -87,7 +88,7 @@ def test_one_document_followed_by_eye(tmp_path: Path) -> None:
     assert row.response_lengths.tolist() == [4, 0]
     assert row.document_indices == (0, -1)
     assert row.max_seqlen == 8
-    assert (batch.num_sequences, batch.num_tokens, batch.num_total_tokens) == (1, 4, 8)
+    assert (len(batch.sequence_lengths), batch.num_tokens, batch.num_total_tokens) == (1, 4, 8)
 
 
 DTYPES = {
@@ -103,7 +104,7 @@ DTYPES = {
 }
 
 
-def test_shapes_and_dtypes_of_every_field(dataset: Dataset) -> None:
+def test_shapes_and_dtypes_of_every_field(dataset: ConcatDataset) -> None:
     batch = loader(dataset, micro_batch_size=2).step(0)
     for row in batch.microbatches:
         for name, dtype in DTYPES.items():
@@ -126,7 +127,7 @@ def test_shapes_and_dtypes_of_every_field(dataset: Dataset) -> None:
     pad=st.sampled_from([1, 4]),
 )
 def test_a_step_is_the_same_under_every_layout(
-    dataset: Dataset, consumed: int, size: int, micro: int, multiple_of: int, pad: int
+    dataset: ConcatDataset, consumed: int, size: int, micro: int, multiple_of: int, pad: int
 ) -> None:
     """The documents follow from (seed, consumed); every token of each arrives, on one rank, once."""
     expected = loader(dataset).documents(consumed).tolist()
@@ -163,7 +164,7 @@ def test_a_step_is_the_same_under_every_layout(
 @settings(max_examples=15, deadline=None)
 @given(sizes=st.lists(st.sampled_from([1, 2, 4, 8]), min_size=9, max_size=9))
 def test_a_run_that_changes_its_ranks_sees_every_document_once_per_epoch(
-    dataset: Dataset, sizes: list[int]
+    dataset: ConcatDataset, sizes: list[int]
 ) -> None:
     """A resume under another data-parallel size at every step, over two epoch edges."""
     seen: list[int] = []
@@ -177,7 +178,7 @@ def test_a_run_that_changes_its_ranks_sees_every_document_once_per_epoch(
         assert sorted(order[epoch * 70 : (epoch + 1) * 70]) == list(range(70))
 
 
-def test_the_same_call_gives_the_same_bytes(dataset: Dataset) -> None:
+def test_the_same_call_gives_the_same_bytes(dataset: ConcatDataset) -> None:
     """So tensor and pipeline peers, which call with the same arguments, hold identical batches."""
     first, second = loader(dataset).step(48), loader(dataset, prefetch=True).step(48)
     for a, b in zip(first.microbatches, second.microbatches, strict=True):
@@ -185,7 +186,7 @@ def test_the_same_call_gives_the_same_bytes(dataset: Dataset) -> None:
             assert torch.equal(getattr(a, name), getattr(b, name))
 
 
-def test_prefetch_gives_the_same_steps(dataset: Dataset) -> None:
+def test_prefetch_gives_the_same_steps(dataset: ConcatDataset) -> None:
     ahead, plain = loader(dataset, prefetch=True), loader(dataset)
     for consumed in (0, 16, 32, 160, 176, 0):
         first, second = ahead.step(consumed), plain.step(consumed)
@@ -193,7 +194,7 @@ def test_prefetch_gives_the_same_steps(dataset: Dataset) -> None:
         assert torch.equal(first.microbatches[-1].tokens, second.microbatches[-1].tokens)
 
 
-def test_a_stage_reads_only_its_columns(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_reads_only_its_columns(dataset: ConcatDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """A first stage takes tokens: the files of the teacher are never looked at."""
     stage = loader(dataset, columns=frozenset({"tokens", "position_ids"}))
     for part in dataset.prefixes:
@@ -209,11 +210,11 @@ def test_a_stage_reads_only_its_columns(dataset: Dataset, monkeypatch: pytest.Mo
 def test_more_documents_in_a_step_than_in_the_dataset(tmp_path: Path) -> None:
     write_dataset(tmp_path / "x", documents(3, longest=10))
     batch = loader(open_dataset([tmp_path / "x"])).step(0)
-    assert batch.num_sequences == 16
+    assert len(batch.sequence_lengths) == 16
     assert sorted(np.bincount(indices_of([batch])).tolist()) == [5, 5, 6]
 
 
-def test_a_rank_without_documents_gets_padding(dataset: Dataset) -> None:
+def test_a_rank_without_documents_gets_padding(dataset: ConcatDataset) -> None:
     batches = all_ranks(dataset, 0, 4, global_batch_size=3)
     empty = [row for row in rows_of(batches) if row.document_indices == (-1,)]
     assert empty
@@ -222,7 +223,7 @@ def test_a_rank_without_documents_gets_padding(dataset: Dataset) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_context_parallel_ranks_hold_the_whole_between_them(dataset: Dataset, size: int) -> None:
+def test_context_parallel_ranks_hold_the_whole_between_them(dataset: ConcatDataset, size: int) -> None:
     ranks = [
         loader(
             dataset,
@@ -255,13 +256,7 @@ def test_context_parallel_ranks_hold_the_whole_between_them(dataset: Dataset, si
             assert not whole["loss_mask"][stop - 1 : edges[i + 1]].any()
 
 
-def test_zigzag_by_eye() -> None:
-    lengths = np.array([8, 4])
-    assert zigzag_indices(lengths, 0, 2).tolist() == [0, 1, 6, 7, 8, 11]
-    assert zigzag_indices(lengths, 1, 2).tolist() == [2, 3, 4, 5, 9, 10]
-
-
-def test_a_document_that_fits_no_row(dataset: Dataset) -> None:
+def test_a_document_that_fits_no_row(dataset: ConcatDataset) -> None:
     with pytest.raises(UserError, match=r"a row has 32; raise data\.seq_length"):
         loader(dataset, seq_length=32)
 
@@ -272,7 +267,7 @@ def test_a_column_that_is_not_there(tmp_path: Path) -> None:
         loader(open_dataset([tmp_path / "x"]), columns=frozenset({"tokens", "teacher_topk_ids"}))
 
 
-def test_fields_share_one_buffer_and_no_byte_of_it(dataset: Dataset) -> None:
+def test_fields_share_one_buffer_and_no_byte_of_it(dataset: ConcatDataset) -> None:
     """The loader lays a step into one allocation: every field is aligned, and a write stays in its field."""
     batch = loader(dataset, micro_batch_size=2, global_batch_size=32).step(0)
     tensors = [getattr(row, name) for row in batch.microbatches for name in sorted(FIELDS)]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lopd_megatron.data.packing import balance, best_fit_decreasing, plan_step, utilisation
+from lopd_megatron.data.packing import best_fit_decreasing, partition_by_cost, plan_step, utilisation
 
 LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=60).map(np.array)
 
@@ -69,7 +69,7 @@ def test_a_plan_holds_everything_once(
 @settings(max_examples=60, deadline=None)
 @given(costs=st.lists(st.floats(0.1, 100), min_size=1, max_size=40).map(np.array), parts=st.integers(1, 9))
 def test_balance_is_no_worse_than_longest_first(costs: np.ndarray, parts: int) -> None:
-    groups = balance(costs, parts)
+    groups = partition_by_cost(costs, parts)
     assert sorted(item for group in groups for item in group) == list(range(len(costs)))
     greedy = np.zeros(parts)
     for cost in sorted(costs, reverse=True):

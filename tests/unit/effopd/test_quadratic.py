@@ -6,8 +6,8 @@ import torch
 
 from lopd_megatron.config import EffOPDConfig
 from lopd_megatron.effopd.extrapolation import Extrapolation
-from lopd_megatron.effopd.search import Score
-from lopd_megatron.effopd.weights import Shard, WeightLine
+from lopd_megatron.effopd.search import HeldOutScore
+from lopd_megatron.effopd.weights import ParameterShard, WeightLine
 
 DIMENSION, STEPS, LR = 30, 40, 0.02
 
@@ -53,12 +53,12 @@ class Run:
         self.parameter = torch.nn.Parameter(torch.zeros(DIMENSION, dtype=torch.float64))
         flat = self.parameter.detach()
         cuts = (slice(0, 13), slice(13, None))
-        shards = [Shard("0.w", flat[cut], self.parameter, cut.start) for cut in cuts]
+        shards = [ParameterShard("0.w", flat[cut], self.parameter, cut.start) for cut in cuts]
         self.resets = 0
         self.effopd = Extrapolation(
             config,
             WeightLine(shards),
-            score=lambda: Score(-self.loss(), 0.0, 1),
+            score=lambda: HeldOutScore(-self.loss(), 0.0, 1),
             publish=lambda: None,
             reset_moments=self._count_reset,
         )

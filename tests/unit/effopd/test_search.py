@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lopd_megatron.effopd.search import Score, is_trigger, search
+from lopd_megatron.effopd.search import HeldOutScore, is_trigger, search
 
 
 def run(values: dict[int, float], acceptance: str = "at_least", max_k: int = 5) -> tuple[int, list[int]]:
-    result = search(lambda m: Score(values[m], 0.0, 1), max_k=max_k, acceptance=acceptance)
+    result = search(lambda m: HeldOutScore(values[m], 0.0, 1), max_k=max_k, acceptance=acceptance)
     return result.multiplier, [trial.multiplier for trial in result.trials]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lopd_megatron.effopd.weights import Shard, WeightLine
+from lopd_megatron.effopd.weights import ParameterShard, WeightLine
 
 
 def line(seed: int = 0) -> tuple[WeightLine, torch.Tensor, torch.Tensor]:
@@ -13,7 +13,7 @@ def line(seed: int = 0) -> tuple[WeightLine, torch.Tensor, torch.Tensor]:
     current = accepted + 0.1 * torch.randn(1003, generator=generator)
     accepted[:3] = torch.tensor([0.0, -0.0, 1e-42])
     parameter = torch.nn.Parameter(accepted.clone())
-    result = WeightLine([Shard("0.w", parameter, parameter)])
+    result = WeightLine([ParameterShard("0.w", parameter, parameter)])
     with torch.no_grad():
         parameter.copy_(current)
     result.begin()
@@ -61,7 +61,7 @@ def test_cutting_a_parameter_changes_no_bit(multiplier: int) -> None:
             (accepted[:cut], accepted[cut:]), (current[:cut], current[cut:]), strict=True
         ):
             parameter = torch.nn.Parameter(part_accepted.clone())
-            part = WeightLine([Shard("0.w", parameter, parameter)])
+            part = WeightLine([ParameterShard("0.w", parameter, parameter)])
             with torch.no_grad():
                 parameter.copy_(part_current)
             part.begin()

@@ -38,11 +38,11 @@ def test_a_silent_node_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         monkeypatch.setenv(name, str(value))
     store = dist.TCPStore("localhost", 0, 1, is_master=True, wait_for_workers=False)
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, 0, 4)]))
-    meeting = node_check.Meeting(["n1", "n2"], timedelta(seconds=0.3))
+    rendezvous = node_check.Rendezvous(["n1", "n2"], timedelta(seconds=0.3))
     for rank in (0, 1, 2):
-        meeting.rank = rank
-        meeting.tell("local", [])
-    told = meeting.gather("local")
+        rendezvous.rank = rank
+        rendezvous.publish("local", [])
+    told = rendezvous.gather("local")
     assert told == {"n1": [[], []]}
-    assert not meeting.verdict("local", {"n2": "did not start"})
+    assert not rendezvous.decide("local", {"n2": "did not start"})
     assert capsys.readouterr().out == "node n2: did not start\n"

@@ -26,7 +26,7 @@ def with_manifest(run: RunFolder, **fields: Any) -> RunFolder:
 
 def quiet(run: RunFolder) -> RunFolder:
     """The sample run, whose only finding is its truncated rollouts, without them."""
-    return with_manifest(run, kept={"truncated": 0})
+    return with_manifest(run, flagged_kept={"truncated": 0})
 
 
 def test_only_the_planted_finding(run: RunFolder) -> None:

@@ -16,9 +16,9 @@ from lopd_megatron.inference.requests import (
     GenerationRequest,
     Key,
     Sampling,
-    Score,
     ScoreRequest,
     ScoringPath,
+    TokenScores,
 )
 
 EOS = 2
@@ -67,15 +67,15 @@ class FakeEngine:
 
     def score(
         self, requests: Iterable[ScoreRequest], *, topk: int, path: ScoringPath
-    ) -> Iterator[Score | Failure]:
-        def answer(request: ScoreRequest) -> Score:
+    ) -> Iterator[TokenScores | Failure]:
+        def answer(request: ScoreRequest) -> TokenScores:
             last, shifted = len(request.tokens) - 1, self.shift.get(path, 0)
             places = range(request.start - shifted, len(request.tokens) - shifted)
             logprobs = np.array(
                 [fake_logprob(request.tokens, min(max(t, 0), last)) for t in places], np.float32
             )
             ids = np.tile(np.arange(topk, dtype=np.int32), (len(logprobs), 1))
-            return Score(request.key, logprobs, ids, logprobs[:, None] - ids.astype(np.float32))
+            return TokenScores(request.key, logprobs, ids, logprobs[:, None] - ids.astype(np.float32))
 
         yield from self._stream(requests, answer)
 

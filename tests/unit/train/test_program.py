@@ -11,7 +11,7 @@ from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import UserError
 from lopd_megatron.train.profile import ProfileHook
 from lopd_megatron.train.run_rank import out_of_memory_message
-from lopd_megatron.train.setup import standard_hooks
+from lopd_megatron.train.standard_hooks import standard_hooks
 from lopd_megatron.train.validate import ValidateHook
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -1,4 +1,4 @@
-"""Held-out scores of a micro-batch against dense float64, token by token and document by document."""
+"""Sums by held-out document: against dense float64 token by token, whatever the packing."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from lopd_megatron.config import LossConfig
-from lopd_megatron.effopd.held_out import HeldOutLoss, HeldOutScore
-from lopd_megatron.effopd.scores import HeldOutSums
+from lopd_megatron.loss import Loss
 from lopd_megatron.parallel.vocab import VocabRange
 from lopd_megatron.records import MicroBatch
+from lopd_megatron.train.held_out import DocumentSums, HeldOutMetric, Validation
 
 VOCAB, HIDDEN, TOPK = 13, 6, 3
 LENGTHS, DOCUMENTS = (5, 4, 3), (4, 1, -1)  # the last one is padding
@@ -40,11 +40,11 @@ def micro_batch(teacher: torch.Tensor) -> MicroBatch:
     )
 
 
-def dense(score: str, student: torch.Tensor, teacher: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+def dense(metric: str, student: torch.Tensor, teacher: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
     """Loss of every token [t] from whole distributions, the classes summed out one by one."""
     assert batch.labels is not None
     labels = batch.labels[0]
-    if score == "squared_log_ratio":
+    if metric == "k2":
         rows = torch.arange(TOTAL)
         return 0.5 * (student[rows, labels] - teacher[rows, labels]) ** 2
     losses = []
@@ -56,49 +56,50 @@ def dense(score: str, student: torch.Tensor, teacher: torch.Tensor, batch: Micro
     return torch.stack([torch.as_tensor(loss) for loss in losses])
 
 
-@pytest.mark.parametrize("score", ["topk_kl", "squared_log_ratio"])
+def summed(
+    metric: HeldOutMetric, student: tuple[torch.Tensor, torch.Tensor], batch: MicroBatch, chunk: int
+) -> Validation:
+    """What one forward pass leaves of the documents, through the loss of a run."""
+    objective = "topk_reverse_kl" if metric == "reverse_kl" else "lightning_opd"
+    config = LossConfig(objective=objective, topk=TOPK, head_chunk_tokens=chunk)
+    loss = Loss(config, vocab=VocabRange.of(VOCAB, VOCAB, None), sequence_parallel=False)
+    sums = DocumentSums(metric, 6)
+    loss.observe = sums.add
+    with torch.no_grad():
+        loss(*student, batch)
+    values, tokens, _ = sums.pooled([])
+    return Validation(0, metric, values, tokens)
+
+
+@pytest.mark.parametrize("metric", ["reverse_kl", "k2"])
 @pytest.mark.parametrize("chunk", [2, 64])
-def test_equals_dense(score: HeldOutScore, chunk: int) -> None:
+def test_equals_dense(metric: HeldOutMetric, chunk: int) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(TOTAL, 1, HIDDEN, generator=generator)
     weight = torch.randn(VOCAB, HIDDEN, generator=generator)
     teacher = torch.randn(TOTAL, VOCAB, generator=generator).double().log_softmax(1)
     batch = micro_batch(teacher)
-    sums = HeldOutSums(6)
-    config = LossConfig(topk=TOPK, head_chunk_tokens=chunk)
-    vocab = VocabRange.of(VOCAB, VOCAB, None)
-    HeldOutLoss(score, config, sums, vocab=vocab, sequence_parallel=False)(hidden, weight, batch)
+    found = summed(metric, (hidden, weight), batch, chunk)
 
     student = (hidden.squeeze(1).double() @ weight.double().T).log_softmax(1)
-    losses = dense(score, student, teacher, batch)
+    losses = dense(metric, student, teacher, batch)
     assert batch.loss_mask is not None
     trained = batch.loss_mask[0].bool()
     # The head works in float32; the losses are of order 1.
-    assert sums.score().value == pytest.approx(-float(losses[trained].mean()), rel=1e-5)
-    assert sums.score().value != pytest.approx(
-        -float(losses.mean()), rel=1e-2
-    )  # planted: prompt and padding in
-    assert sums.score().count == 2
+    assert found.value == pytest.approx(float(losses[trained].mean()), rel=1e-5)
+    assert found.value != pytest.approx(float(losses.mean()), rel=1e-2)  # planted: prompt and padding in
+    assert len(found.sums) == 2
     means = torch.stack([losses[1:4].mean(), losses[5:7].mean()])
-    counts = torch.tensor([3.0, 2.0])
-    residuals = (means + sums.score().value) * counts
+    residuals = (means - found.value) * torch.tensor([3.0, 2.0])
     expected = float(residuals.norm() * 2**0.5 / 5)  # two documents: d/(d − 1) = 2
-    assert sums.score().standard_error == pytest.approx(expected, rel=1e-4)
+    assert found.standard_error == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_teacher_itself_has_the_best_score() -> None:
+@pytest.mark.parametrize("metric", ["reverse_kl", "k2"])
+def test_the_teacher_itself_is_at_zero(metric: HeldOutMetric) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(TOTAL, 1, HIDDEN, generator=generator)
     weight = torch.randn(VOCAB, HIDDEN, generator=generator)
     teacher = (hidden.squeeze(1).double() @ weight.double().T).log_softmax(1)
-    for score in ("topk_kl", "squared_log_ratio"):
-        sums = HeldOutSums(6)
-        loss = HeldOutLoss(
-            score,
-            LossConfig(topk=TOPK),
-            sums,
-            vocab=VocabRange.of(VOCAB, VOCAB, None),
-            sequence_parallel=False,
-        )
-        loss(hidden, weight, micro_batch(teacher))
-        assert sums.score().value == pytest.approx(0.0, abs=1e-6)
+    found = summed(metric, (hidden, weight), micro_batch(teacher), 64)
+    assert found.value == pytest.approx(0.0, abs=1e-6)
