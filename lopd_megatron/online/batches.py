@@ -90,7 +90,7 @@ class OnlineRollouts(Hook):
         self._clock = clock
         self.prompts = prompts
         self.engines = engines
-        self.seconds = {"generate": 0.0, "score": 0.0, "sync": 0.0}
+        self.seconds = {"generate": 0.0, "scores": 0.0, "sync": 0.0}
         """Of `clock`, spent on rank 0 in each part; with overlap the first two run beside the training."""
         self._group: dist.ProcessGroup | None = None
         self._order = Order(len(prompts), config.train.seed)
@@ -145,7 +145,7 @@ class OnlineRollouts(Hook):
         sampled = self._clock()
         scores = score(self.engines.teacher, requests, rollouts, self.config.loss.topk)
         self.seconds["generate"] += sampled - start
-        self.seconds["score"] += self._clock() - sampled
+        self.seconds["scores"] += self._clock() - sampled
         return documents_of(requests, rollouts, scores)
 
     def _requests(self, consumed: int) -> list[GenerationRequest]:

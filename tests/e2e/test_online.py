@@ -174,6 +174,6 @@ def test_rollouts_come_from_the_weights_that_train_on_them(runs: dict[str, Any])
 
 
 def test_a_dead_teacher_costs_time_and_no_step(runs: dict[str, Any]) -> None:
-    for name in ("loss", "reverse_kl", "grad_norm", "consumed_train_samples"):
+    for name in ("loss", "k2", "grad_norm", "consumed_train_samples"):
         values = {run: [row[name] for row in rows] for run, rows in runs.items()}
         assert values["calm"] == values["disturbed"], name
