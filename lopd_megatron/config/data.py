@@ -21,13 +21,15 @@ class ModelConfig(Section):
 
 class PromptsConfig(Section):
     input: list[str] = []
-    """Files or HF dataset folders with `prompt` or `messages` (jsonl, Parquet, datasets.save_to_disk)."""
+    """jsonl, JSON or Parquet files, patterns such as `train-*.parquet`, or folders of a data set."""
     num_shards: int = Field(default=1, ge=1)
     apply_chat_template: bool = True
     """Off: `prompt` is tokenized as it is (base models, the tiny task)."""
     enable_thinking: bool = True
     max_prompt_tokens: int = Field(default=1024, ge=1)
     max_prompts: int | None = Field(default=None, ge=1)
+    sample_seed: int | None = None
+    """Draw max_prompts at random with this seed; None: the first ones."""
     contamination_files: list[str] = []
     """Evaluation problems; a prompt that shares an n-gram with one is dropped and counted."""
     contamination_ngram: int = Field(default=13, ge=2)

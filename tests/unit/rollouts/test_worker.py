@@ -202,7 +202,7 @@ def test_a_shard_that_was_changed_or_not_finished_is_refused(tmp_path: Path) -> 
     shard_files.manifest_path(folder, 1).unlink()
     with pytest.raises(UserError, match="3 of 4 shards of rollouts"):
         shard_files.complete_manifests(folder, "rollouts")
-    with pytest.raises(UserError, match="holds scored"):
+    with pytest.raises(UserError, match="holds scores"):
         shard_files.complete_manifests(tmp_path / "scores", "rollouts")
     with pytest.raises(UserError, match=r"0 of 1 shards of prompts; run tools/prepare_prompts.py"):
         shard_files.complete_manifests(tmp_path / "nowhere", "prompts")
