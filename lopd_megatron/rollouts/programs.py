@@ -17,7 +17,7 @@ from lopd_megatron.progress import say
 from lopd_megatron.rollouts import shard_files
 from lopd_megatron.rollouts.rollout_stage import RolloutJob, stop_token_ids
 from lopd_megatron.rollouts.score_stage import ScoreJob
-from lopd_megatron.rollouts.worker import Stage, Worker
+from lopd_megatron.rollouts.worker import ShardJob, Worker
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,16 @@ def run_rollouts(config: RunConfig, share: Share) -> int:
     if model == config.model.student:
         lineage.sft_teacher = read_model_lineage(model).sft_teacher
     lineage.parents = [shard_files.content_hash(prompts)]
-    stage = RolloutJob(sampling, rollouts.num_samples_per_prompt, rollouts.seed, lineage)
+    job = RolloutJob(sampling, rollouts.num_samples_per_prompt, rollouts.seed, lineage)
 
     def open_engine(engine_config: EngineConfig) -> VllmEngine:
         engine = VllmEngine(
             model, engine_config, task="generate", trust_remote_code=config.model.trust_remote_code
         )
-        lineage.engine[stage.kind] = engine.describe()
+        lineage.engine[job.kind] = engine.describe()
         return engine
 
-    return _run(stage, paths.prompts, paths.rollouts, len(prompts), rollouts.engine, open_engine, share)
+    return _run(job, paths.prompts, paths.rollouts, len(prompts), rollouts.engine, open_engine, share)
 
 
 def run_scoring(config: RunConfig, share: Share) -> int:
@@ -82,7 +82,7 @@ def run_scoring(config: RunConfig, share: Share) -> int:
     lineage.teacher = model_fingerprint(model)
     lineage.scoring = {"topk": scores.topk}
     lineage.parents = [shard_files.content_hash(rollouts)]
-    stage = ScoreJob(scores.topk, lineage)
+    job = ScoreJob(scores.topk, lineage)
 
     def open_engine(engine_config: EngineConfig) -> VllmEngine:
         engine = VllmEngine(
@@ -92,16 +92,16 @@ def run_scoring(config: RunConfig, share: Share) -> int:
             max_topk=scores.topk,
             trust_remote_code=config.model.trust_remote_code,
         )
-        stage.path = choose_path(engine, scores.path, scores.topk, engine_config.max_model_len)
-        lineage.engine[stage.kind] = {**engine.describe(), "scoring_path": stage.path}
-        say(f"scoring path: {stage.path}")
+        job.path = choose_path(engine, scores.path, scores.topk, engine_config.max_model_len)
+        lineage.engine[job.kind] = {**engine.describe(), "scoring_path": job.path}
+        say(f"scoring path: {job.path}")
         return engine
 
-    return _run(stage, paths.rollouts, paths.scores, len(rollouts), scores.engine, open_engine, share)
+    return _run(job, paths.rollouts, paths.scores, len(rollouts), scores.engine, open_engine, share)
 
 
 def _run(
-    stage: Stage,
+    job: ShardJob,
     source_folder: Path,
     folder: Path,
     num_shards: int,
@@ -109,14 +109,14 @@ def _run(
     open_engine: Callable[[EngineConfig], VllmEngine],
     share: Share,
 ) -> int:
-    shard_files.refuse_other_lineage(folder, num_shards, stage.lineage, but=["engine"])
+    shard_files.refuse_other_lineage(folder, num_shards, job.lineage, but=["engine"])
     done = shard_files.manifests(folder, num_shards)
     if len(done) == num_shards:
         say(f"{folder} is complete: {sum(manifest['rows'] for manifest in done)} documents")
         return _exit_code(sum(manifest["failed"] for manifest in done), folder, share)
-    say(f"{stage.kind}: starting vLLM")
+    say(f"{job.kind}: starting vLLM")
     engine = open_engine(engine_config)
-    worker = Worker(stage, source_folder, folder, num_shards, worker=(share.index, share.count))
+    worker = Worker(job, source_folder, folder, num_shards, worker=(share.index, share.count))
     failed = worker.run(engine, engine_config, open_engine)
     worker.engine.close()
     return _exit_code(failed, folder, share)

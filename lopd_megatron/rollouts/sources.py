@@ -1,9 +1,9 @@
 """Rows of the data sets people have, read as a prompt and its answer.
 
 Prompts: `prompt` as text or messages (DAPO-Math-17k, our own), `messages`, `conversations` with `from` and
-`value` (OpenThoughts3), `question` (GSM8K), `problem` (AIME, HMMT, MATH). Messages may also be JSON text, and a
-content may be a list of text parts. Answers: `answer`, `reward_model.ground_truth` (DAPO), `expected_answer`,
-`solution`; of GSM8K the part after ####.
+`value` (OpenThoughts3), `question` (GSM8K), `problem` (AIME, HMMT, MATH). Messages may also be JSON text, and
+a content may be a list of text parts. Answers: `answer`, `reward_model.ground_truth` (DAPO),
+`expected_answer`, `solution`; of GSM8K the part after ####.
 
 A last assistant turn is the beginning of the response in a `prompt` column. In `messages` and `conversations`
 it is the data set's own answer and is dropped, unless it is unfinished: it ends with space or inside <think>.
