@@ -1,0 +1,394 @@
+"""Are two final answers equal? Around math-verify: what it misses, and what it takes for equal but is not.
+
+An answer is cleaned of LaTeX's layout, read as a list, set, tuple, interval or single value, and compared part
+by part. Numbers are compared exactly (0.333 is not 1/3, 3.14 is not π). Only single values that are neither
+numbers nor words reach math-verify. Nothing here bounds the time: `grading_process` does.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable
+from fractions import Fraction
+from itertools import product
+from typing import Any
+
+_UNICODE = {
+    **dict.fromkeys("−–—", "-"), "×": r"\times ", "÷": "/", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ",
+    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "°": "", "²": "^2",
+    "³": "^3", "√": r"\sqrt", "±": r"\pm ", "⁄": "/", "∅": r"\emptyset ", "’": "'",
+}  # fmt: skip
+_LAYOUT = (
+    (r"(?<=\d)(?:\\[,!;: ]|\{,\}|~)+(?=\d{3}(?!\d))", ""),  # thousands, as LaTeX writes them
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|small)(?![a-zA-Z])", ""),
+    (r"\\(?:quad|qquad)(?![a-zA-Z])|(?<!\\)\\[,;:! ]|~", " "),
+    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+    (r"\\(?:leq|leqslant)(?![a-zA-Z])", r"\\le"),
+    (r"\\(?:geq|geqslant)(?![a-zA-Z])", r"\\ge"),
+    (r"\\neq(?![a-zA-Z])", r"\\ne"),
+    (r"\\(?:varnothing|O)(?![a-zA-Z])", r"\\emptyset"),
+    (r"\\(?:approx|simeq|doteq)(?![a-zA-Z])", "="),
+    (r"\^\{?\\circ\}?|\\degree(?![a-zA-Z])", ""),
+    (r"(?<!\\)\\[()\[\]]", " "),
+    (r"^\s*\\?\$\s*(\d[\d.,]*)\s*$", r"\1 dollar"),
+    (r"\\?[$€£¥]|\\pounds(?![a-zA-Z])", ""),
+    (r"\\%", "%"),
+    (r"\*\*|`|\0", ""),
+)
+_TEXT = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mathrm|mathbf|mathit|mathsf|mbox|hbox|operatorname)\s*\{([^{}]*)\}"
+)
+_SPACED_THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}(?: \d{3})+(?![\d/])")
+_THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?!\d)")
+_SEPARATOR = re.compile(r"[,;]|\b(?:and|or)\b", re.I)
+_ASSIGNED = re.compile(r"^\s*(?:[^=<>!]{1,40}?(?<![\\<>!])(?:=|:=)|[A-Za-z]\s*\\in(?![a-zA-Z]))(?!=)(.+)$", re.S)
+_CHOICE = re.compile(r"^\(?([A-J])(?:\)|[.:](?!\d)|\s*$)\s*(.*)$", re.S)
+_BASE = re.compile(r"^([0-9A-Za-z]+)\s*_\s*\{?\s*(\d+)\s*\}?$")
+_QUANTITY = re.compile(
+    r"^(.*?[\d})])( ?(?:square |cubic )?[A-Za-z]{2,}(?:[ /.\-^{}A-Za-z0-9]*)| [A-Za-z](?:\^\{?\d\}?)?(?:/[A-Za-z]+)?)$"
+)
+_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)")
+_FRACTION = re.compile(r"\\frac(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
+_POWER_OF_TEN = re.compile(r"^(.*?)(?:\\times|\\cdot|\*|x|X)10\^(?:\{([-+]?\d{1,3})\}|(\d))$")
+_REPEATING = re.compile(r"^([-+]?)(\d*)\.(\d*)\\overline\{(\d+)\}$")
+_MATH_WORDS = {"pi", "sqrt", "sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "exp", "mod", "lcm", "gcd"}
+_UNITS = {
+    "centimeter": "cm", "centimetre": "cm", "meter": "m", "metre": "m", "kilometer": "km", "kilometre": "km",
+    "millimeter": "mm", "inch": "in", "inches": "in", "foot": "ft", "feet": "ft", "yard": "yd", "mile": "mi",
+    "second": "s", "sec": "s", "minute": "min", "hour": "h", "hr": "h", "day": "day", "week": "week",
+    "month": "month", "year": "year", "gram": "g", "kilogram": "kg", "pound": "lb", "ounce": "oz",
+    "liter": "l", "litre": "l", "milliliter": "ml", "dollar": "dollar", "cent": "cent", "degree": "degree",
+    "radian": "rad",
+}  # fmt: skip
+_KNOWN_UNITS = {*_UNITS.values()}
+_DIGITS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen"
+).split()
+_TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
+_WORD_VALUES = {word: i for i, word in enumerate(_DIGITS)} | {word: 10 * i for i, word in enumerate(_TENS) if i > 1}
+_FACTORS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
+_WORDS = {"infinity": r"\infty", "pi": r"\pi", "nosolutions": "nosolution", "true": "true", "false": "false"}
+_OPEN, _CLOSE = "([{", ")]}"
+
+Same = Callable[[str, str], bool]
+
+
+def same_answer(gold: str, found: str) -> bool:
+    """Whether `found` is the answer `gold`; both as they stand in a data set or in a box."""
+    first, second = clean(gold), clean(found)
+    if not first or not second:
+        return False
+    if _squeezed(first) == _squeezed(second):
+        return True
+    choice = _CHOICE.match(first)
+    if choice:
+        other = _CHOICE.match(second) or _CHOICE.match(second.upper() if len(second) == 1 else "")
+        if other:
+            return other[1] == choice[1]
+        return bool(choice[2]) and same_answer(choice[2], found)
+    return any(_same(a, b) for a, b in product(_readings(first), _readings(second)))
+
+
+def canonical(text: str) -> str:
+    """One text for equal answers as far as that is cheap: what votes are counted by."""
+    cleaned = clean(text)
+    numbers = _values(_without_unit(_value(_readings(cleaned)[-1]))[0])
+    if numbers:
+        return str(max(numbers, key=abs))
+    if _is_words(cleaned):
+        return _squeezed(cleaned).casefold()
+    parsed = _parsed(_value(cleaned))
+    return str(parsed) if parsed is not None else cleaned
+
+
+def clean(text: str) -> str:
+    """`text` without layout: `\\text{}`, sizes, spaces, currency and degree signs, a full stop at the end."""
+    text = text.encode("utf-8", "ignore").decode()
+    for sign, plain in _UNICODE.items():
+        text = text.replace(sign, plain)
+    text = re.sub(r"(\d)([½¼¾⅓⅔⅛])", r"\1 \2", text)
+    text = unicodedata.normalize("NFKC", text).replace("⁄", "/")
+    for pattern, plain in _LAYOUT:
+        text = re.sub(pattern, plain, text)
+    for _ in range(4):  # nested
+        text = _TEXT.sub(r" \1 ", text)
+    text = re.sub(r"\\(?:boxed|fbox)\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\s+", " ", text).strip().rstrip(".,;:").strip()
+    while len(text) > 1 and text[0] == "{" and _closing(text, 0) == len(text) - 1:
+        text = text[1:-1].strip()
+    text = _SPACED_THOUSANDS.sub(lambda match: match[0].replace(" ", ""), text)
+    word = _squeezed(text)
+    return _WORDS.get(word.casefold(), text)
+
+
+def _readings(text: str) -> list[str]:
+    """`1,234` is a list of two and a number."""
+    plain = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
+    return [text] if plain == text else [text, plain]
+
+
+def _same(gold: str, found: str) -> bool:
+    golds, founds = _items(gold), _items(found)
+    if len(golds) > 1 or len(founds) > 1:
+        if len(golds) > 1 and len(founds) > 1:
+            return _same_in_any_order(golds, founds)
+        inner = _tuple(_value(golds[0] if len(golds) == 1 else founds[0]))
+        items = golds if len(golds) > 1 else founds
+        if inner is None or inner[0] not in ("()", "{}"):
+            return False
+        if inner[0] == "{}":
+            return _same_in_any_order(items, inner[1])
+        return len(items) == len(inner[1]) and all(map(_same, items, inner[1]))
+    return _same_single(golds[0], founds[0])
+
+
+def _same_single(gold: str, found: str) -> bool:
+    if not (_is_assigned(gold) and _is_assigned(found)):
+        gold, found = _value(gold), _value(found)
+    first, second = _tuple(gold), _tuple(found)
+    if first is not None and second is not None:
+        if first[0] != second[0]:
+            return False
+        if first[0] == "{}":
+            return _same_in_any_order(first[1], second[1])
+        return len(first[1]) == len(second[1]) and all(map(_same, first[1], second[1]))
+    unions = [_split(text, re.compile(r"\\cup(?![a-zA-Z])")) for text in (gold, found)]
+    if min(map(len, unions)) > 1:
+        return _same_in_any_order(*unions)
+    return _same_value(gold, found)
+
+
+def _same_value(gold: str, found: str) -> bool:
+    """Of single values without a list, tuple or set around them."""
+    if _squeezed(gold) == _squeezed(found):
+        return True
+    if ":" in gold or ":" in found:  # times and ratios
+        return False
+    bases = [_BASE.match(text) for text in (gold, found)]
+    if any(bases):
+        digits = [match[1] if match else _squeezed(text) for match, text in zip(bases, (gold, found), strict=True)]
+        return digits[0].casefold() == digits[1].casefold() and not all(bases) or (
+            all(bases) and bases[0].groups() == bases[1].groups()  # type: ignore[union-attr]
+        )
+    (gold, gold_unit), (found, found_unit) = _without_unit(gold), _without_unit(found)
+    if {gold_unit, found_unit} <= _KNOWN_UNITS and gold_unit != found_unit:
+        return False
+    values = [_values(text) for text in (gold, found)]
+    if all(values):
+        return not values[0].isdisjoint(values[1])
+    if _is_words(gold) or _is_words(found):
+        return _squeezed(gold).casefold() == _squeezed(found).casefold()
+    return _same_expression(gold.replace("%", r"\%"), found.replace("%", r"\%"))
+
+
+def _same_expression(gold: str, found: str) -> bool:
+    """By math-verify; two constants must agree to 40 digits, not to its six."""
+    import sympy
+    from math_verify import verify
+
+    first, second = _parsed(gold), _parsed(found)
+    if first is None or second is None:
+        return False
+    constants = [isinstance(value, sympy.Expr) and not value.free_symbols for value in (first, second)]
+    if all(constants):
+        return _same_constant(first, second)
+    return bool(verify([first], [second], timeout_seconds=None))
+
+
+def _same_constant(first: Any, second: Any) -> bool:
+    import sympy
+
+    if not (first.is_finite and second.is_finite):
+        return first == second and first is not sympy.nan and first is not sympy.zoo
+    if first == second:
+        return True
+    if first.is_Rational and second.is_Rational:
+        return False
+    size = max(abs(sympy.N(first, 60)), abs(sympy.N(second, 60)))
+    difference = abs(sympy.N(first - second, 60))
+    return bool(difference <= size * sympy.Float("1e-40", 60))
+
+
+def _parsed(text: str) -> Any:
+    """The sympy object of a cleaned text; None where there is none."""
+    from math_verify import parse
+
+    try:
+        found = parse(f"\\boxed{{{text}}}", fallback_mode="no_fallback", parsing_timeout=None)
+    except Exception:  # whatever sympy and antlr raise on a text that is no mathematics
+        return None
+    return found[0] if found and not isinstance(found[0], str) else None
+
+
+def _same_in_any_order(first: list[str], second: list[str]) -> bool:
+    if len(first) != len(second) or len(first) > 100:
+        return False
+    left = list(second)
+    for item in first:
+        match = next((other for other in left if _same(item, other)), None)
+        if match is None:
+            return False
+        left.remove(match)
+    return True
+
+
+def _items(text: str) -> list[str]:
+    """The parts of a list at the top level, ± written out."""
+    found = []
+    for item in _split(text, _SEPARATOR):
+        sign = re.search(r"\\(pm|mp)(?![a-zA-Z])", item)
+        if sign:
+            head, tail = item[: sign.start()], item[sign.end() :]
+            plus = "+" if _value(head).strip() else ""
+            found += [f"{head}{plus}{tail}", f"{head}-{tail}"]
+        else:
+            found.append(item)
+    return found or [text]
+
+
+def _split(text: str, separator: re.Pattern[str]) -> list[str]:
+    """The parts of `text` between separators that are in no bracket and no environment."""
+    depth, start, parts = 0, 0, []
+    inside = [0] * (len(text) + 1)
+    for position, sign in enumerate(text):
+        if sign in _OPEN:
+            depth += 1
+        inside[position] = depth
+        if sign in _CLOSE:
+            depth -= 1
+    if r"\begin" in text:
+        return [text.strip()]
+    for match in separator.finditer(text):
+        if inside[match.start()] == 0:
+            parts.append(text[start : match.start()].strip())
+            start = match.end()
+    return [part for part in [*parts, text[start:].strip()] if part]
+
+
+def _tuple(text: str) -> tuple[str, list[str]] | None:
+    """(brackets, items) of a tuple, interval or set; None of anything else."""
+    text = text.strip()
+    if text.startswith(r"\{") and text.endswith(r"\}"):
+        return "{}", _items(text[2:-2])
+    if len(text) < 3 or text[0] not in "([" or text[-1] not in ")]" or _closing(text, 0) != len(text) - 1:
+        return None
+    items = _split(text[1:-1], re.compile("[,;]"))
+    return (text[0] + text[-1], items) if len(items) > 1 else None
+
+
+def _closing(text: str, start: int) -> int:
+    """The position of the bracket that closes the one at `start`, of whatever form; −1 without one."""
+    depth = 0
+    for position in range(start, len(text)):
+        depth += (text[position] in _OPEN) - (text[position] in _CLOSE)
+        if depth == 0:
+            return position
+    return -1
+
+
+def _is_assigned(text: str) -> bool:
+    return _ASSIGNED.match(text) is not None
+
+
+def _value(text: str) -> str:
+    """`5` of `x = 5`, of `a = b = 5`, of `x \\in 5`; a text in brackets without them."""
+    while match := _ASSIGNED.match(text):
+        text = match[1].strip()
+    while len(text) > 2 and text[0] == "(" and _closing(text, 0) == len(text) - 1 and not _tuple(text):
+        text = text[1:-1].strip()
+    return text
+
+
+def _without_unit(text: str) -> tuple[str, str]:
+    """`7 cm` → (`7`, `cm`); an empty unit where there is none."""
+    match = _QUANTITY.match(text)
+    if not match or r"\frac" in match[2] or {*re.findall("[a-z]+", match[2].lower())} & _MATH_WORDS:
+        return text, ""
+    if re.fullmatch(r"[eE]-?\d+", match[2].strip()):
+        return text, ""
+    unit = match[2].strip().lower()
+    scale, _, rest = unit.partition(" ")
+    if scale in _FACTORS:
+        return f"{match[1].strip()} {scale}", _unit(rest)
+    return match[1].strip(), _unit(unit)
+
+
+def _unit(unit: str) -> str:
+    single = unit[:-1] if unit.endswith("s") and unit[:-1] in _UNITS else unit
+    return _UNITS.get(single, single)
+
+
+def _values(text: str) -> set[Fraction]:
+    """The number that `text` is; a percentage is also its hundredth."""
+    squeezed = _squeezed(text)
+    plain = re.sub(r"%$|(?i:percent)$", "", squeezed)
+    scale = next((word for word in _FACTORS if plain.endswith(word)), "")
+    number = _number(plain.removesuffix(scale))
+    if number is not None and scale:
+        return {number * _FACTORS[scale]}
+    if number is None:
+        value = _word_number(text)
+        return set() if value is None else {Fraction(value)}
+    return {number, number / 100} if plain != squeezed else {number}
+
+
+def _number(text: str) -> Fraction | None:
+    """Exactly, of digits, decimals, fractions, mixed and repeating numbers and powers of ten."""
+    if len(text) > 1000:
+        return None
+    if _NUMBER.fullmatch(text):
+        return Fraction(text.rstrip("."))
+    if re.fullmatch(r"[-+]?\d+(?:\.\d+)?[eE][-+]?\d{1,3}", text):
+        return Fraction(text)
+    repeating = _REPEATING.match(text)
+    if repeating:
+        sign, whole, fixed, period = repeating.groups()
+        value = Fraction(int(f"0{whole}{fixed}{period}") - int(f"0{whole}{fixed}"), (10 ** len(period) - 1) * 10 ** len(fixed))
+        return -value if sign == "-" else value
+    power = _POWER_OF_TEN.match(text)
+    if power:
+        factor = _number(power[1])
+        return None if factor is None else factor * Fraction(10) ** int(power[2] or power[3])
+    if text[:1] in ("-", "+"):
+        value = _number(text[1:]) if text[1:2] not in ("-", "+") else None
+        return -value if value is not None and text[0] == "-" else value
+    mixed = re.fullmatch(r"(\d+)(?:(\\frac.+)|_(\d+/\d+))", text)
+    if mixed:
+        part = _number(mixed[2] or mixed[3])
+        return None if part is None else int(mixed[1]) + part
+    fraction = _FRACTION.fullmatch(text)
+    parts = [fraction[1] or fraction[2], fraction[3] or fraction[4]] if fraction else text.split("/")
+    if len(parts) == 2 and all(_NUMBER.fullmatch(part) for part in parts):
+        over, under = (Fraction(part.rstrip(".")) for part in parts)
+        return over / under if under else None
+    return None
+
+
+def _word_number(text: str) -> int | None:
+    """21 of `twenty-one`."""
+    words = [word for word in re.split(r"[\s-]+", text.lower()) if word and word != "and"]
+    total = part = 0
+    for word in words:
+        if word in _WORD_VALUES:
+            part += _WORD_VALUES[word]
+        elif word == "hundred" and part:
+            part *= 100
+        elif word in _FACTORS and part:
+            total, part = total + part * _FACTORS[word], 0
+        else:
+            return None
+    return total + part if words else None
+
+
+def _is_words(text: str) -> bool:
+    """Whether `text` is language: a word of two letters or more, and no sign of mathematics."""
+    words = re.findall(r"[A-Za-z]{2,}", text)
+    return bool(words) and not re.search(r"[\\^_=<>+*/\d{}]", text) and not {*map(str.lower, words)} & _MATH_WORDS
+
+
+def _squeezed(text: str) -> str:
+    """Without spaces; one between a number and a fraction (3 1/2) is kept as `_`."""
+    text = re.sub(r"(?<=\d) (?=\d+/\d+)", "_", text.strip())
+    return re.sub(r"\s+", "", text)
