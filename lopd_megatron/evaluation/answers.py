@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 
 _TOKEN = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(-?\d[\d.,/]*))|\\[\\{}]|[{}]")
-_EMPTY = re.compile(
-    r"(?:[\s.…?_]|\\[lc]?dots|\\square)*|(?:(?:your|the|final)\s+)*answer(?:\s+here)?", re.I
-)
+_EMPTY = re.compile(r"(?:[\s.…?_]|\\[lc]?dots|\\square)*|(?:(?:your|the|final)\s+)*answer(?:\s+here)?", re.I)
 _JOINED = re.compile(r"[\s$,;&]*(?:and|or)?[\s$,;&]*(?:[A-Za-z]\w{0,2}\s*=\s*)?")
 _MARKED = re.compile(r"answer\s*(?:is|are|was|:|=)(?:\s*(?:is|:|=))?", re.I)
 _MATH = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)

@@ -125,7 +125,9 @@ def _grade_all(requests: IO[bytes], replies: IO[bytes]) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for request in requests:
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # their signals end the process: nobody handles them
+        signal.setitimer(
+            signal.ITIMER_PROF, CPU_SECONDS
+        )  # their signals end the process: nobody handles them
         signal.setitimer(signal.ITIMER_REAL, ELAPSED_SECONDS)
         for found in _grade(*json.loads(request)):
             replies.write(json.dumps(found).encode() + b"\n")

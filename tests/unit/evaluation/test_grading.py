@@ -324,7 +324,10 @@ def test_the_answer_in_a_response(response: str, answers: list[str]) -> None:
 
 
 def test_equal_answers_are_one_vote() -> None:
-    votes = [grade(rf"\boxed{{{text}}}", "stop", "7")[0] for text in ("0.5", r"\frac12", "1/2", "½", r"x=\frac{1}{2}")]
+    votes = [
+        grade(rf"\boxed{{{text}}}", "stop", "7")[0]
+        for text in ("0.5", r"\frac12", "1/2", "½", r"x=\frac{1}{2}")
+    ]
     assert len(set(votes)) == 1
     assert grade(r"\boxed{\text{Yes}}", "stop", "No")[0] == grade(r"\boxed{yes.}", "stop", "No")[0]
 
@@ -362,7 +365,7 @@ HOSTILE = [
 def test_no_answer_takes_longer_than_five_seconds(answer: str) -> None:
     """Not a measure of speed: without the limit many of these run for hours."""
     grade("1", "stop", "1")  # the helper is up
-    for response, gold in ((rf"\boxed{{{answer}}}", "9"), (answer, "9"), (r"\boxed{9}", answer)):
+    for response, gold in ((rf"\boxed{{{answer}}}", "8675309"), (answer, "8675309"), (r"\boxed{9}", answer)):
         started = time.monotonic()
         assert not grade(response, "stop", gold)[1]
         # The kernel ends the worker at ELAPSED_SECONDS; one more for the fork and a busy machine.

@@ -158,7 +158,7 @@ def test_documents_over_the_context(config: RunConfig) -> None:
     with pytest.raises(UserError, match="the longest rollout = 8 tokens"):
         programs.run_scoring(config, Share())
     config.evaluation.engine.max_model_len = 7
-    with pytest.raises(UserError, match=r"p.jsonl row 0 has 2 tokens; .* leaves 1"):
+    with pytest.raises(UserError, match=r"p.jsonl line 1 has 2 tokens; .* leaves 1"):
         evaluate.run_evaluation(config, [("x", config.model.student)], (0, 1))
 
 
