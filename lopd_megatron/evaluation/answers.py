@@ -33,7 +33,7 @@ def find_answers(response: str) -> list[str]:
 
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:
-    """(start, end, content) of each closed box that holds an answer; of nested boxes the inner one's content."""
+    """(start, end, content) of each closed box that holds an answer; of nested boxes the innermost."""
     stack: list[tuple[int, int] | None] = []  # of each open brace: (start, start of the content) of a box
     found: list[tuple[int, int, str]] = []
     for token in _TOKEN.finditer(text):
@@ -57,7 +57,7 @@ def _boxes(text: str) -> list[tuple[int, int, str]]:
 
 def _unboxed(text: str) -> str | None:
     text = re.sub(r"\\(?:boxed|fbox)\s*\{[\s.…]*\}", " ", text).replace("**", "").replace("\0", "")
-    head, mark, after = text.rpartition("####")
+    _, mark, after = text.rpartition("####")
     if mark:
         return after.strip().partition("\n")[0] or None
     marks = list(_MARKED.finditer(text))

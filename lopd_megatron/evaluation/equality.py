@@ -1,18 +1,24 @@
 """Are two final answers equal? Around math-verify: what it misses, and what it takes for equal but is not.
 
-An answer is cleaned of LaTeX's layout, read as a list, set, tuple, interval or single value, and compared part
-by part. Numbers are compared exactly (0.333 is not 1/3, 3.14 is not π). Only single values that are neither
-numbers nor words reach math-verify. Nothing here bounds the time: `grading_process` does.
+An answer is cleaned of LaTeX's layout, read as a list, set, tuple, interval or single value, and compared
+part by part. Numbers are compared exactly (0.333 is not 1/3, 3.14 is not π). Only single values that are
+neither numbers nor words reach math-verify. Nothing here bounds the time: `grading_process` does.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable
-from fractions import Fraction
 from itertools import product
 from typing import Any
+
+from lopd_megatron.evaluation.quantities import (
+    KNOWN_UNITS,
+    MATH_WORDS,
+    squeezed,
+    values_of,
+    without_unit,
+)
 
 _UNICODE = {
     **dict.fromkeys("−–—", "-"), "×": r"\times ", "÷": "/", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ",
@@ -47,48 +53,8 @@ _ASSIGNED = re.compile(
 )
 _CHOICE = re.compile(r"^\(?([A-J])(?:\)|[.:](?!\d)|\s*$)\s*(.*)$", re.S)
 _BASE = re.compile(r"^([0-9A-Za-z]+)\s*_\s*\{?\s*(\d+)\s*\}?$")
-_QUANTITY = re.compile(
-    r"^(.*?[\d})])( ?(?:square |cubic )?[A-Za-z]{2,}(?:[ /.\-^{}A-Za-z0-9]*)| [A-Za-z](?:\^\{?\d\}?)?(?:/[A-Za-z]+)?)$"
-)
-_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)")
-_FRACTION = re.compile(r"\\frac(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
-_POWER_OF_TEN = re.compile(r"^(.*?)(?:\\times|\\cdot|\*|x|X)10\^(?:\{([-+]?\d{1,3})\}|(\d))$")
-_REPEATING = re.compile(r"^([-+]?)(\d*)\.(\d*)\\overline\{(\d+)\}$")
-_MATH_WORDS = {
-    "pi",
-    "sqrt",
-    "sin",
-    "cos",
-    "tan",
-    "cot",
-    "sec",
-    "csc",
-    "log",
-    "ln",
-    "exp",
-    "mod",
-    "lcm",
-    "gcd",
-}
-_UNITS = {
-    "centimeter": "cm", "centimetre": "cm", "meter": "m", "metre": "m", "kilometer": "km", "kilometre": "km",
-    "millimeter": "mm", "inch": "in", "inches": "in", "foot": "ft", "feet": "ft", "yard": "yd", "mile": "mi",
-    "second": "s", "sec": "s", "minute": "min", "hour": "h", "hr": "h", "day": "day", "week": "week",
-    "month": "month", "year": "year", "gram": "g", "kilogram": "kg", "pound": "lb", "ounce": "oz",
-    "liter": "l", "litre": "l", "milliliter": "ml", "dollar": "dollar", "cent": "cent", "degree": "degree",
-    "radian": "rad",
-}  # fmt: skip
-_KNOWN_UNITS = {*_UNITS.values()}
-_DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
-_TENS = ["_", "_", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-_WORD_VALUES = {word: i for i, word in enumerate(_DIGITS)} | {
-    word: 10 * i for i, word in enumerate(_TENS) if i > 1
-}
-_FACTORS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
 _WORDS = {"infinity": r"\infty", "pi": r"\pi", "nosolutions": "nosolution", "true": "true", "false": "false"}
 _OPEN, _CLOSE = "([{", ")]}"
-
-Same = Callable[[str, str], bool]
 
 
 def same_answer(gold: str, found: str) -> bool:
@@ -96,7 +62,7 @@ def same_answer(gold: str, found: str) -> bool:
     first, second = clean(gold), clean(found)
     if not first or not second:
         return False
-    if _squeezed(first) == _squeezed(second):
+    if squeezed(first) == squeezed(second):
         return True
     choice = _CHOICE.match(first)
     if choice:
@@ -110,11 +76,11 @@ def same_answer(gold: str, found: str) -> bool:
 def canonical(text: str) -> str:
     """One text for equal answers as far as that is cheap: what votes are counted by."""
     cleaned = clean(text)
-    numbers = _values(_without_unit(_value(_readings(cleaned)[-1]))[0])
+    numbers = values_of(without_unit(_value(_readings(cleaned)[-1]))[0])
     if numbers:
         return str(max(numbers, key=abs))
     if _is_words(cleaned):
-        return _squeezed(cleaned).casefold()
+        return squeezed(cleaned).casefold()
     parsed = _parsed(_value(cleaned))
     return str(parsed) if parsed is not None else cleaned
 
@@ -135,7 +101,7 @@ def clean(text: str) -> str:
     while len(text) > 1 and text[0] == "{" and _closing(text, 0) == len(text) - 1:
         text = text[1:-1].strip()
     text = _SPACED_THOUSANDS.sub(lambda match: match[0].replace(" ", ""), text)
-    word = _squeezed(text)
+    word = squeezed(text)
     return _WORDS.get(word.casefold(), text)
 
 
@@ -178,30 +144,26 @@ def _same_single(gold: str, found: str) -> bool:
 
 def _same_value(gold: str, found: str) -> bool:
     """Of single values without a list, tuple or set around them."""
-    if _squeezed(gold) == _squeezed(found):
+    if squeezed(gold) == squeezed(found):
         return True
     if ":" in gold or ":" in found:  # times and ratios
         return False
     bases = [_BASE.match(text) for text in (gold, found)]
     if any(bases):
         digits = [
-            match[1] if match else _squeezed(text) for match, text in zip(bases, (gold, found), strict=True)
+            match[1] if match else squeezed(text) for match, text in zip(bases, (gold, found), strict=True)
         ]
-        return (
-            (digits[0].casefold() == digits[1].casefold()
-            and not all(bases))
-            or (
-                all(bases) and bases[0].groups() == bases[1].groups()  # type: ignore[union-attr]
-            )
+        return (digits[0].casefold() == digits[1].casefold() and not all(bases)) or (
+            all(bases) and bases[0].groups() == bases[1].groups()  # type: ignore[union-attr]
         )
-    (gold, gold_unit), (found, found_unit) = _without_unit(gold), _without_unit(found)
-    if {gold_unit, found_unit} <= _KNOWN_UNITS and gold_unit != found_unit:
+    (gold, gold_unit), (found, found_unit) = without_unit(gold), without_unit(found)
+    if {gold_unit, found_unit} <= KNOWN_UNITS and gold_unit != found_unit:
         return False
-    values = [_values(text) for text in (gold, found)]
+    values = [values_of(text) for text in (gold, found)]
     if all(values):
         return not values[0].isdisjoint(values[1])
     if _is_words(gold) or _is_words(found):
-        return _squeezed(gold).casefold() == _squeezed(found).casefold()
+        return squeezed(gold).casefold() == squeezed(found).casefold()
     return _same_expression(gold.replace("%", r"\%"), found.replace("%", r"\%"))
 
 
@@ -327,101 +289,9 @@ def _value(text: str) -> str:
     return text
 
 
-def _without_unit(text: str) -> tuple[str, str]:
-    """`7 cm` → (`7`, `cm`); an empty unit where there is none."""
-    match = _QUANTITY.match(text)
-    if not match or r"\frac" in match[2] or {*re.findall("[a-z]+", match[2].lower())} & _MATH_WORDS:
-        return text, ""
-    if re.fullmatch(r"[eE]-?\d+", match[2].strip()):
-        return text, ""
-    unit = match[2].strip().lower()
-    scale, _, rest = unit.partition(" ")
-    if scale in _FACTORS:
-        return f"{match[1].strip()} {scale}", _unit(rest)
-    return match[1].strip(), _unit(unit)
-
-
-def _unit(unit: str) -> str:
-    single = unit[:-1] if unit.endswith("s") and unit[:-1] in _UNITS else unit
-    return _UNITS.get(single, single)
-
-
-def _values(text: str) -> set[Fraction]:
-    """The number that `text` is; a percentage is also its hundredth."""
-    squeezed = _squeezed(text)
-    plain = re.sub(r"%$|(?i:percent)$", "", squeezed)
-    scale = next((word for word in _FACTORS if plain.endswith(word)), "")
-    number = _number(plain.removesuffix(scale))
-    if number is not None and scale:
-        return {number * _FACTORS[scale]}
-    if number is None:
-        value = _word_number(text)
-        return set() if value is None else {Fraction(value)}
-    return {number, number / 100} if plain != squeezed else {number}
-
-
-def _number(text: str) -> Fraction | None:
-    """Exactly, of digits, decimals, fractions, mixed and repeating numbers and powers of ten."""
-    if len(text) > 1000:
-        return None
-    if _NUMBER.fullmatch(text):
-        return Fraction(text.rstrip("."))
-    if re.fullmatch(r"[-+]?\d+(?:\.\d+)?[eE][-+]?\d{1,3}", text):
-        return Fraction(text)
-    repeating = _REPEATING.match(text)
-    if repeating:
-        sign, whole, fixed, period = repeating.groups()
-        value = Fraction(
-            int(f"0{whole}{fixed}{period}") - int(f"0{whole}{fixed}"),
-            (10 ** len(period) - 1) * 10 ** len(fixed),
-        )
-        return -value if sign == "-" else value
-    power = _POWER_OF_TEN.match(text)
-    if power:
-        factor = _number(power[1])
-        return None if factor is None else factor * Fraction(10) ** int(power[2] or power[3])
-    if text[:1] in ("-", "+"):
-        value = _number(text[1:]) if text[1:2] not in ("-", "+") else None
-        return -value if value is not None and text[0] == "-" else value
-    mixed = re.fullmatch(r"(\d+)(?:(\\frac.+)|_(\d+/\d+))", text)
-    if mixed:
-        part = _number(mixed[2] or mixed[3])
-        return None if part is None else int(mixed[1]) + part
-    fraction = _FRACTION.fullmatch(text)
-    parts = [fraction[1] or fraction[2], fraction[3] or fraction[4]] if fraction else text.split("/")
-    if len(parts) == 2 and all(_NUMBER.fullmatch(part) for part in parts):
-        over, under = (Fraction(part.rstrip(".")) for part in parts)
-        return over / under if under else None
-    return None
-
-
-def _word_number(text: str) -> int | None:
-    """21 of `twenty-one`."""
-    words = [word for word in re.split(r"[\s-]+", text.lower()) if word and word != "and"]
-    total = part = 0
-    for word in words:
-        if word in _WORD_VALUES:
-            part += _WORD_VALUES[word]
-        elif word == "hundred" and part:
-            part *= 100
-        elif word in _FACTORS and part:
-            total, part = total + part * _FACTORS[word], 0
-        else:
-            return None
-    return total + part if words else None
-
-
 def _is_words(text: str) -> bool:
     """Whether `text` is language: a word of two letters or more, and no sign of mathematics."""
     words = re.findall(r"[A-Za-z]{2,}", text)
     return (
-        bool(words)
-        and not re.search(r"[\\^_=<>+*/\d{}]", text)
-        and not {*map(str.lower, words)} & _MATH_WORDS
+        bool(words) and not re.search(r"[\\^_=<>+*/\d{}]", text) and not {*map(str.lower, words)} & MATH_WORDS
     )
-
-
-def _squeezed(text: str) -> str:
-    """Without spaces; one between a number and a fraction (3 1/2) is kept as `_`."""
-    text = re.sub(r"(?<=\d) (?=\d+/\d+)", "_", text.strip())
-    return re.sub(r"\s+", "", text)

@@ -138,8 +138,8 @@ class _SpecialTokens:
     """Keeps special tokens in the text of users as text, and those that a template writes special.
 
     Before the template is rendered, marks replace the special tokens in messages. Those that the rendered
-    text then holds are the template's. A copy of the tokenizer encodes the text. In the copy every special
-    token has a secret name: the template's tokens get these names, and the marks become the user's text again.
+    text then holds are the template's. A copy of the tokenizer, in which every special token has a secret
+    name, encodes the text: the template's tokens get these names, the marks become the user's text again.
     The tokenizer sees the whole text at once, so spaces and merges are as always.
     """
 
