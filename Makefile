@@ -2,7 +2,10 @@
 # Both make .venv first; nothing else is typed, and the second time is quick.
 SHELL := /bin/bash
 PYTHON ?= python3
-VENV := .venv
+# Megatron-Core 0.16 on Python 3.11 (.venv) and 0.19 on Python 3.12 (.venv-3.12): `make test PYTHON=python3.12`.
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV := .venv$(if $(filter 3.12,$(VERSION)),-3.12)
+LOCK := .ci/lock-cpu$(if $(filter 3.12,$(VERSION)),-3.12).txt
 PY := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip install -q --no-deps --no-compile
 UV := $(VENV)/bin/uv pip install -q --python $(PY) --no-deps
@@ -22,9 +25,9 @@ env: $(VENV)/.ready  ## the Python environment in .venv, from the committed lock
 # says which and why). uv takes a third of pip's time, but does not read pip's configuration, which knows where
 # torch for a CPU is: pip brings torch meanwhile, and has the last word. Bytecode is written of what the
 # programs import, in a third of the time that all 26,000 files would take.
-$(VENV)/.ready: .ci/lock-cpu.txt pyproject.toml | $(VENV)/bin/uv
-	$(PIP) $$(grep ^torch== .ci/lock-cpu.txt) & grep -v ^torch== .ci/lock-cpu.txt | $(UV) -r -; wait
-	$(PIP) -r .ci/lock-cpu.txt
+$(VENV)/.ready: $(LOCK) pyproject.toml | $(VENV)/bin/uv
+	$(PIP) $$(grep ^torch== $(LOCK)) & grep -v ^torch== $(LOCK) | $(UV) --no-config -r -; wait
+	$(PIP) -r $(LOCK)
 	$(UV) --no-build-isolation -e .
 	$(PY) -W ignore -c "import vllm.entrypoints.openai.api_server, vllm.v1.worker.cpu_worker" > /dev/null & \
 	$(PY) -W ignore -c "import lopd_megatron.parallel as p; p.prepare_megatron(); \
@@ -33,11 +36,11 @@ $(VENV)/.ready: .ci/lock-cpu.txt pyproject.toml | $(VENV)/bin/uv
 
 $(VENV)/bin/uv:
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) $$(grep ^uv== .ci/lock-cpu.txt)
+	$(PIP) $$(grep ^uv== $(LOCK))
 
 lock: env  ## resolve pyproject.toml again into the committed lock
-	$(VENV)/bin/uv pip compile pyproject.toml --python-version 3.11 --extra cpu --extra dev \
-	  --no-annotate --no-header -q -o .ci/lock-cpu.txt
+	$(VENV)/bin/uv pip compile pyproject.toml --python-version $(VERSION) --extra cpu --extra dev \
+	  --no-annotate --no-header -q -o $(LOCK)
 
 # Slurm for tests/slurm and a browser for the report's test. Without root or apt those tests skip and say so.
 system:
@@ -49,12 +52,13 @@ triton-interpreter: $(VENV)/triton-interpreter
 
 $(VENV)/triton-interpreter: | $(VENV)/bin/uv
 	rm -rf $@.tmp
-	$(UV) --target $@.tmp triton==3.9.0 || $(PIP) --target $@.tmp triton==3.9.0
+	# --no-config: pyproject.toml overrides Triton away for the environment itself.
+	$(UV) --no-config --target $@.tmp triton==3.9.0 || $(PIP) --target $@.tmp triton==3.9.0
 	mv $@.tmp $@
 
 # Three processes for two cores, because Slurm, servers and the ranks of a world often wait (tests/conftest.py).
 test: env system triton-interpreter  ## unit, distributed, end-to-end and Slurm tests on CPU
-	$(PY) -m pytest -n 3 tests
+	$(PY) -m pytest -n 3 --only-known-skips tests
 
 check: env  ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -19,9 +20,20 @@ class UserError(Exception):
 
 
 def run_program(main: Callable[[], int | None]) -> None:
-    """Run `main` as a whole program: a `UserError` becomes one line on stderr and exit code 2."""
+    """Run `main` as a whole program: a `UserError` becomes one line on stderr and exit code 2.
+
+    A reader that closes the pipe, such as `head`, ends the program without a traceback.
+    """
     try:
-        sys.exit(main() or 0)
+        code = main() or 0
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        code = EXIT_USER_ERROR
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit would raise again
+        code = 0
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        code = 130
+    sys.exit(code)

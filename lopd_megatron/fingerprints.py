@@ -19,6 +19,15 @@ from typing import Any
 
 from lopd_megatron.errors import UserError
 from lopd_megatron.files import write_json
+from lopd_megatron.hf_folder import (
+    EMBEDDING,
+    HEAD,
+    read_config,
+    read_header,
+    read_json,
+    refuse_second_head,
+    stored_tensors,
+)
 from lopd_megatron.progress import progress, say
 
 Fingerprint = dict[str, str]
@@ -35,17 +44,17 @@ def model_fingerprint(folder: str | Path) -> Fingerprint:
     `$XDG_CACHE_HOME/lopd_megatron` by path, size and modification time; the first call reads every byte.
     """
     path = Path(folder)
-    config = read_json(path / "config.json")
+    config = read_config(path)
     digest = hashlib.sha256()
     for name in _VOLATILE_CONFIG:
         config.pop(name, None)
     digest.update(_canonical(config))
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{path} holds no *.safetensors file; give a Hugging Face folder with weights")
+    files = sorted({stored.file for stored in stored_tensors(path).values()})
     tensors: dict[str, str] = {}
     for hashes in _tensor_hashes(files):
         tensors |= hashes
+    if config.get("tie_word_embeddings") and {HEAD, EMBEDDING} <= tensors.keys():
+        refuse_second_head(path, same=tensors[HEAD] == tensors[EMBEDDING])
     digest.update(_canonical(tensors))
     return {"kind": "model", "fingerprint": digest.hexdigest(), "origin": str(folder)}
 
@@ -92,22 +101,14 @@ def _tensor_hashes(files: list[Path]) -> list[dict[str, str]]:
 
 
 def _hash_safetensors(file: Path, pool: ThreadPoolExecutor) -> dict[str, str]:
+    header = read_header(file)
     with file.open("rb") as handle, mmap(handle.fileno(), 0, access=ACCESS_READ) as mapped:
-        size = int.from_bytes(mapped[:8], "little")
-        try:
-            header = json.loads(mapped[8 : 8 + size])
-        except ValueError:
-            raise UserError(f"{file} is not a safetensors file; download or export it again") from None
-        header.pop("__metadata__", None)
-        body = memoryview(mapped)[8 + size :]
+        body = memoryview(mapped)
 
         def one(name: str) -> str:
-            entry = header[name]
-            begin, end = entry["data_offsets"]
-            if end > len(body):
-                raise UserError(f"{file} ends inside tensor {name}; download or export it again")
-            digest = hashlib.sha256(f"{entry['dtype']} {entry['shape']} ".encode())
-            digest.update(body[begin:end])
+            stored = header[name]
+            digest = hashlib.sha256(f"{stored.kind} {list(stored.shape)} ".encode())
+            digest.update(body[stored.offset : stored.end])
             return digest.hexdigest()
 
         names = sorted(header)
@@ -160,15 +161,6 @@ def _write_cache(cache: Path, value: dict[str, Any]) -> None:
         write_json(cache, value)
     except OSError as error:  # a home that is full or read-only costs time, not correctness
         say(f"fingerprint cache {cache.parent}: {error.strerror}; it will be computed again next time")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give a Hugging Face folder") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); make or download it again") from None
 
 
 def _canonical(value: Any) -> bytes:

@@ -14,7 +14,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lopd_megatron.errors import UserError
-from lopd_megatron.fingerprints import Fingerprint, model_fingerprint, read_json, tokenizer_fingerprint
+from lopd_megatron.fingerprints import Fingerprint, model_fingerprint, tokenizer_fingerprint
+from lopd_megatron.hf_folder import read_json
 from lopd_megatron.progress import say
 
 LINEAGE_FILE = "lineage.json"
@@ -73,7 +74,7 @@ def check_consistency(
     teacher: str | Path | None = None,
     data: Lineage | None = None,
     data_origin: str | Path = "",
-    objective: str = "lightning_opd",
+    needs_teacher: bool = True,
     allow_mismatch: str = "",
 ) -> str:
     """Hold the three rules on whatever is known: call it before any accelerator is touched.
@@ -88,7 +89,7 @@ def check_consistency(
     start = model_fingerprint(student) if student else None
     present = model_fingerprint(teacher) if teacher else None
     broken = []
-    if objective == "sft":
+    if not needs_teacher:
         broken.append(_differs("the SFT data was written by", known.generator, "model.teacher is", present))
     else:
         sft_teacher = (read_model_lineage(student).sft_teacher if student else None) or known.sft_teacher

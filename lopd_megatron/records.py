@@ -136,4 +136,4 @@ class LossOutput:
 
     numerator: torch.Tensor  # [] float32
     denominator: torch.Tensor  # [] int32: trained tokens, or trained sequences under per_sequence
-    report: dict[str, torch.Tensor]  # name → float64 [2]: numerator, denominator
+    metric_sums: dict[str, torch.Tensor]  # name → float64 [2]: numerator, denominator

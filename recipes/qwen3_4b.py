@@ -3,14 +3,15 @@
     python -m lopd_megatron.launch --executor sbatch --recipe recipes/qwen3_4b.py:sft \\
         --recipe recipes/qwen3_4b.py:lightning_opd --dry-run
 
-Layouts are for GPUs of 80 GB and packed rows of 16,384 tokens; `tools/plan_layout.py` finds others.
+Layouts are for GPUs of 80 GB and packed rows of 16,384 tokens; `lopd plan` finds others.
 """
 
 from __future__ import annotations
 
 from lopd_megatron.config import RunConfig
-from recipes import paper
-from recipes.paper import Layout
+
+from . import paper
+from .paper import Layout
 
 PAIR = paper.Pair(name="qwen3_4b", base="models/Qwen3-4B-Base", teacher="models/Qwen3-8B", sft_rows=256)
 LAYOUTS = {

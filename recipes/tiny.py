@@ -2,14 +2,15 @@
 
 teacher() and base() train on gold data, sft() fits the base to answers the teacher wrote, lightning_opd()
 distils the teacher into it from rollouts written once. `make demo` runs them in this order.
-Everything lies below `root`, which `tools/make_tiny_task.py` fills first.
+Everything lies below `root`, which `lopd tiny-task` fills first.
 """
 
 from __future__ import annotations
 
 from lopd_megatron.config import EngineConfig, RunConfig
 from lopd_megatron.refresh import refresh_rounds
-from recipes import tiny_task as task
+
+from . import tiny_task as task
 
 DEMO = "runs/demo"
 LONGEST = task.PROMPT_LENGTH + task.SOLUTION_LENGTH + 9
@@ -167,7 +168,7 @@ def teacher_soft(root: str = DEMO) -> RunConfig:
 
 
 def _other_teacher(root: str, name: str) -> RunConfig:
-    """Needs `tools/make_tiny_task.py --all-teachers`."""
+    """Needs `lopd tiny-task --all-teachers`."""
     config = _pretrain(root, name, "teacher_init", 1300)
     config.train.seed = 2
     return config
@@ -200,15 +201,3 @@ def lightning_opd_round_1(root: str = DEMO) -> RunConfig:
 def lightning_opd_round_2(root: str = DEMO) -> RunConfig:
     """… and half on rollouts of the student that the first round left."""
     return refresh_rounds(lightning_opd(root), 2)[1]
-
-
-def after(root: str = DEMO) -> RunConfig:
-    """Fresh rollouts of the distilled student on the test problems: the reverse KL that is left."""
-    config = lightning_opd(root)
-    config.name = "after"
-    config.run_dir = f"{root}/after"
-    config.model.student = f"{root}/lightning_opd/hf"
-    config.prompts.input = [f"{root}/task/problems/test.jsonl"]
-    config.prompts.contamination_files = []
-    config.lineage.allow_mismatch = "measures what is left of the reverse KL; nothing is trained from it"
-    return config

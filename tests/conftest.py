@@ -7,6 +7,8 @@ NeMo-Run's, which is as long as the rest and has a Slurm of its own. Short files
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Generator
 from typing import Any
 
@@ -28,6 +30,33 @@ SLOW_FIRST = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: [not item.nodeid.startswith(path) for path in SLOW_FIRST])
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--only-known-skips",
+        action="store_true",
+        help="fail when a test was skipped for anything but a missing GPU, or a system package that this "
+        "user cannot install",
+    )
+
+
+def is_known_skip(reason: str) -> bool:
+    """Whether `make test` cannot do anything about the reason for which a test was skipped."""
+    can_install = os.getuid() == 0 and shutil.which("apt-get") is not None
+    return "needs CUDA" in reason or ("needs the Debian package" in reason and not can_install)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or not session.config.getoption("--only-known-skips"):
+        return
+    skipped = {str(report.longrepr[-1]) for report in reporter.stats.get("skipped", [])}
+    if unknown := sorted(reason for reason in skipped if not is_known_skip(reason)):
+        reporter.section("skipped tests that should have run", red=True)
+        reporter.write_line("\n".join(unknown))
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.hookimpl(wrapper=True)

@@ -17,7 +17,7 @@ from lopd_megatron.errors import run_program
 from lopd_megatron.model.memory_estimate import OVERHEAD_BYTES
 from lopd_megatron.model.planning import Layout, feasible_layouts, step_flops
 from lopd_megatron.model.student_spec import read_hf_config
-from recipes.models import BY_NAME
+from lopd_megatron.recipes.models import BY_NAME
 
 GIB = 1024**3
 USABLE = 0.97

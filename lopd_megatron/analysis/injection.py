@@ -18,7 +18,7 @@ from lopd_megatron.analysis.metrics import top_fraction_count
 from lopd_megatron.analysis.modules import module_of
 from lopd_megatron.analysis.updates import check_same_tensors
 from lopd_megatron.errors import UserError
-from lopd_megatron.model.hf_folder import HfFolder
+from lopd_megatron.hf_folder import HfFolder
 from lopd_megatron.model.safetensors_writer import SafetensorsWriter, TensorPlan
 from lopd_megatron.progress import progress
 

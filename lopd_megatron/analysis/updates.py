@@ -19,7 +19,7 @@ from lopd_megatron.analysis import metrics
 from lopd_megatron.analysis.modules import module_of
 from lopd_megatron.analysis.spectrum import Spectrum, spectrum
 from lopd_megatron.errors import UserError
-from lopd_megatron.model.hf_folder import HfFolder
+from lopd_megatron.hf_folder import HfFolder
 from lopd_megatron.progress import progress, say
 
 Row = dict[str, Any]

@@ -8,7 +8,10 @@ from lopd_megatron.config.section import Section
 
 
 class StageResources(Section):
+    """What one stage asks for."""
+
     nodes: int = Field(default=1, ge=1)
+    """Nodes; only training takes more than one."""
     gpus_per_node: int = Field(default=0, ge=0)
     """0: CPU only, and training starts TP·PP·CP processes, shared out over the nodes."""
     time: str = Field(default="04:00:00", pattern=r"^(\d+-)?\d{1,2}:\d\d:\d\d$")
@@ -33,7 +36,9 @@ class LaunchConfig(Section):
     """Where and how the stages run; see docs/cluster.md."""
 
     account: str = ""
+    """Slurm's account; empty: the user's default."""
     partition: str = ""
+    """Slurm's partition; empty: the cluster's default."""
     sbatch_options: list[str] = []
     """Further options of sbatch, as they are: `--exclusive`, `--mem=0`, `--qos=high`."""
     container_image: str = ""

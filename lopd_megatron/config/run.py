@@ -15,6 +15,7 @@ from lopd_megatron.config.data import (
     ScoresConfig,
 )
 from lopd_megatron.config.launch import LaunchConfig
+from lopd_megatron.config.objectives import objective_spec
 from lopd_megatron.config.section import Section
 from lopd_megatron.config.training import (
     CheckpointConfig,
@@ -39,7 +40,9 @@ class RunConfig(Section):
     """The whole description of one run. `run_dir` is the only place a run writes to."""
 
     name: str = "run"
+    """Name of the run, in logs and job names."""
     run_dir: str = "runs/run"
+    """Folder that everything of this run is written to."""
     model: ModelConfig = ModelConfig()
     prompts: PromptsConfig = PromptsConfig()
     rollouts: RolloutsConfig = RolloutsConfig()
@@ -62,12 +65,17 @@ class RunConfig(Section):
         return Paths(Path(self.run_dir))
 
     @property
+    def needs_teacher(self) -> bool:
+        """Whether the objective compares with a teacher; without one the run is SFT on its rollouts."""
+        return objective_spec(self.loss.objective).needs_teacher
+
+    @property
     def dataset_prefixes(self) -> list[str]:
         return self.data.prefixes or [str(self.paths.dataset_prefix)]
 
     def check(self) -> None:
         """Facts that span sections. Called once by every program, after the overrides."""
-        if self.loss.objective.startswith("topk_") and self.loss.topk < 1:
+        if objective_spec(self.loss.objective).classes and self.loss.topk < 1:
             raise UserError(
                 f"loss.objective={self.loss.objective} needs loss.topk ≥ 1 (value {self.loss.topk}); "
                 "set loss.topk to the number of teacher tokens that were scored"
@@ -149,8 +157,11 @@ class Paths:
         self.dataset_prefix = run_dir / "dataset" / "train"
         self.checkpoints = run_dir / "checkpoints"
         self.metrics = run_dir / "metrics.jsonl"
+        self.validation = run_dir / "validation.jsonl"
+        self.warnings = run_dir / "warnings.jsonl"
         self.hf = run_dir / "hf"
         self.evaluation = run_dir / "evaluation"
+        self.measure = run_dir / "measure"
         self.logs = run_dir / "logs"
         self.online_weights = run_dir / "online" / "weights"
         self.online_log = run_dir / "online" / "log.jsonl"

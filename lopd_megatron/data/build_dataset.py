@@ -1,25 +1,37 @@
 """Rollouts → dataset: one streaming pass, every document that is left out counted by its reason.
 
-python tools/build_dataset.py --recipe …        scored rollouts (OPD) or plain rollouts (SFT)
+lopd dataset --recipe …        scored rollouts (OPD) or plain rollouts (SFT)
 write_dataset(prefix, documents)                documents made by a program
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from lopd_megatron.data.alignment import AlignmentReport, Sample, refuse_misaligned, sample_indices
-from lopd_megatron.data.filters import Filters, select
-from lopd_megatron.data.manifest import Manifest
+from lopd_megatron.data.filters import Filters, rows_of, select
+from lopd_megatron.data.held_out import (
+    NONE,
+    SMALLEST,
+    TRAIN,
+    VALID,
+    HeldOut,
+    Split,
+    split_prompts,
+    valid_prefix,
+)
+from lopd_megatron.data.manifest import Manifest, read_manifest
 from lopd_megatron.data.shard_reader import RolloutBatch, read_shards
+from lopd_megatron.data.stops import StopCounts
 from lopd_megatron.data.writer import DatasetWriter, existing_manifest
 from lopd_megatron.errors import UserError
 from lopd_megatron.lineage import Lineage
@@ -40,6 +52,10 @@ class Source(Protocol):
 
     @property
     def sha256(self) -> str: ...
+
+    def prompt_ids(self) -> Sequence[str]:
+        """Of every row, in order."""
+        ...
 
     def batches(self) -> Iterator[RolloutBatch]: ...
 
@@ -89,6 +105,8 @@ def build_dataset(
     prefix: str | Path,
     *,
     filters: Filters,
+    held_out: HeldOut = NONE,
+    special_ids: Collection[int] | None = None,
     proof: Proof | None = None,
     proof_documents: int = 0,
     allow_mismatch: str = "",
@@ -99,7 +117,14 @@ def build_dataset(
     if allow_mismatch:
         lineage = lineage.model_copy(update={"allow_mismatch": allow_mismatch})
     return build_from(
-        shards, prefix, filters=filters, lineage=lineage, proof=proof, proof_documents=proof_documents
+        shards,
+        prefix,
+        filters=filters,
+        held_out=held_out,
+        special_ids=special_ids,
+        lineage=lineage,
+        proof=proof,
+        proof_documents=proof_documents,
     )
 
 
@@ -109,50 +134,146 @@ def build_from(
     *,
     filters: Filters,
     lineage: Lineage,
+    held_out: HeldOut = NONE,
+    special_ids: Collection[int] | None = None,
     proof: Proof | None = None,
     proof_documents: int = 0,
 ) -> Manifest:
     """Build the dataset of all sources, or return the one that is there already.
 
-    Restart it after a kill: it goes on behind the last finished source and gives the same bytes. A dataset of
-    other sources or filters at the prefix is refused, never overwritten. Memory: one batch of rows and what
-    the source holds, and four bytes a document.
+    `held_out` keeps back a share of the prompts as a second dataset, `valid` in the same folder; it is
+    complete before the one for training is. `special_ids` asks for the counts of `stops`. Restart it after a
+    kill: it goes on behind the last finished source and gives the same bytes. A dataset of other sources,
+    filters or another split at a prefix is refused, never overwritten. Memory: one batch of rows and what the
+    source holds, and four bytes a document; with `held_out` eight more.
     """
     parents = [hashlib.sha256(" ".join(source.sha256 for source in sources).encode()).hexdigest()]
     done = existing_manifest(prefix)
-    if done is not None:
-        if done.lineage.parents != parents or done.filters != filters.as_dict():
-            what = "with other data.* settings" if done.lineage.parents == parents else "from other files"
-            raise UserError(f"{prefix} was built {what}; delete {prefix}.* or set another run_dir")
-        say(f"{prefix}: already built, {done.documents} documents")
+    if done is not None and _is_whole(done, prefix, parents, filters, held_out):
         return done
+    split = split_prompts(held_out, (source.prompt_ids() for source in sources))
+    if held_out.fraction and split.cutoff is None:
+        say(f"{prefix}: too few documents to keep {SMALLEST} back; nothing is held out (data.valid_fraction)")
+    described = filters.as_dict() | ({"held_out": split.as_dict()} if held_out.fraction else {})
+    made = lineage.model_copy(update={"parents": parents})
     columns, topk = _columns(sources[0])
-    settings = {"sources": parents, "filters": filters.as_dict()}
-    with (
-        DatasetWriter(prefix, columns, topk, settings) as writer,
-        progress(sum(source.tokens for source in sources), "build", "tok") as bar,
-    ):
-        state = writer.state or {"sources": 0, "dropped": dict.fromkeys(filters.reasons, 0), "kept": {}}
-        if writer.state:
-            say(f"{prefix}: going on behind file {state['sources']} of {len(sources)}")
-        dropped, kept = Counter(state["dropped"]), Counter(state["kept"])
-        for index, source in enumerate(sources):
-            if index >= state["sources"]:
-                _append(writer, source, filters, dropped, kept)
-                writer.save_point({"sources": index + 1, "dropped": dict(dropped), "kept": dict(kept)})
-            bar.update(source.tokens)
+    with contextlib.ExitStack() as stack:
+        parts = []
+        for name in (VALID, TRAIN):  # the one for training last: with it the dataset is complete
+            where = prefix if name == TRAIN else valid_prefix(prefix)
+            if name == VALID and split.cutoff is None:
+                continue
+            there = done if name == TRAIN else existing_manifest(where)
+            if there is not None:
+                _refuse_other(there, where, parents, described)
+                continue
+            settings = {"sources": parents, "filters": described}
+            writer = stack.enter_context(DatasetWriter(where, columns, topk, settings))
+            parts.append(_Part(name, writer, split, filters, special_ids))
+        _fill(parts, sources, prefix)
         alignment = None
-        if proof is not None and proof_documents and writer.documents:
-            report = proof(writer.samples(sample_indices(writer.documents, proof_documents)))
+        trained = parts[-1].writer
+        if parts[-1].name == TRAIN and proof is not None and proof_documents and trained.documents:
+            report = proof(trained.samples(sample_indices(trained.documents, proof_documents)))
             refuse_misaligned(report, sources[0].path.parent)
             alignment = report.as_dict()
-        return writer.commit(
-            lineage.model_copy(update={"parents": parents}),
-            filters=filters.as_dict(),
-            dropped=dict(dropped),
-            kept=dict(kept),
-            alignment=alignment,
+        for part in parts:
+            if part.writer.documents or part.name == TRAIN:
+                part.commit(made, described, alignment if part.name == TRAIN else None)
+    return read_manifest(prefix)
+
+
+def _is_whole(
+    done: Manifest, prefix: str | Path, parents: list[str], filters: Filters, held_out: HeldOut
+) -> bool:
+    """Is there nothing left to build? Refuses a dataset that was made otherwise."""
+    split = done.filters.get("held_out")  # a dataset of an older version has none and is taken as it is
+    asked = {"fraction": held_out.fraction, "seed": held_out.seed}
+    expected = filters.as_dict() | ({"held_out": split | asked} if split else {})
+    _refuse_other(done, prefix, parents, expected)
+    has_valid = split is not None and split["cutoff"] is not None
+    if has_valid and existing_manifest(valid_prefix(prefix)) is None:
+        return False
+    note = "" if has_valid or not held_out.fraction else ", none held out"
+    say(f"{prefix}: already built, {done.documents} documents{note}")
+    return True
+
+
+def _refuse_other(done: Manifest, prefix: str | Path, parents: list[str], filters: dict[str, Any]) -> None:
+    if done.lineage.parents != parents or done.filters != filters:
+        what = "with other data.* settings" if done.lineage.parents == parents else "from other files"
+        raise UserError(f"{prefix} was built {what}; delete {prefix}.* or set another run_dir")
+
+
+class _Part:
+    """One side of a split while it is built, with its own save point."""
+
+    def __init__(
+        self,
+        name: str,
+        writer: DatasetWriter,
+        split: Split,
+        filters: Filters,
+        special_ids: Collection[int] | None,
+    ) -> None:
+        self.name, self.writer, self.split, self.filters = name, writer, split, filters
+        state = writer.state or {"sources": 0, "dropped": dict.fromkeys(filters.reasons, 0), "kept": {}}
+        self.sources: int = state["sources"]
+        self.dropped, self.kept = Counter(state["dropped"]), Counter(state["kept"])
+        counted = special_ids is not None
+        self.stops = StopCounts(special_ids or (), state.get("stops")) if counted else None
+
+    def add(self, batch: RolloutBatch) -> None:
+        """Append the rows of this side; ValueError where one does not fit."""
+        held_out = self.split.is_held_out(batch.prompt_ids.tolist())
+        if self.name == TRAIN and held_out.any():
+            self.dropped["held_out"] += int(held_out.sum())
+        chosen = select(
+            rows_of(batch, held_out if self.name == VALID else ~held_out),
+            self.filters,
+            self.dropped,
+            self.kept,
         )
+        if batch.topk != self.writer.topk and batch.response_lengths.any():
+            raise ValueError(f"k = {batch.topk} teacher tokens, the first file has {self.writer.topk}")
+        self.writer.append(chosen.prompt_lengths + chosen.response_lengths, flat_columns(chosen))
+        if self.stops is not None:
+            self.stops.add(chosen)
+
+    def save_point(self, sources: int) -> None:
+        self.sources = sources
+        state = {"sources": sources, "dropped": dict(self.dropped), "kept": dict(self.kept)}
+        if self.stops is not None:
+            state["stops"] = self.stops.state
+        self.writer.save_point(state)
+
+    def commit(self, lineage: Lineage, filters: dict[str, Any], alignment: dict[str, Any] | None) -> None:
+        has_teacher = "teacher_logprobs" in self.writer.columns
+        has_k2 = has_teacher and "rollout_logprobs" in self.writer.columns
+        self.writer.commit(
+            lineage,
+            filters=filters,
+            dropped=dict(self.dropped),
+            kept=dict(self.kept),
+            alignment=alignment,
+            stops=self.stops.summary(has_teacher, has_k2) if self.stops else None,
+        )
+
+
+def _fill(parts: list[_Part], sources: Sequence[Source], prefix: str | Path) -> None:
+    """Append every source to the parts that lack it."""
+    first = min((part.sources for part in parts), default=len(sources))
+    if first:
+        say(f"{prefix}: going on behind file {first} of {len(sources)}")
+    with progress(sum(source.tokens for source in sources), "build", "tok") as bar:
+        for index, source in enumerate(sources):
+            # A kill between two save points leaves one part a file ahead.
+            lacking = [part for part in parts if part.sources <= index]
+            if lacking:
+                _append(lacking, source)
+            for part in lacking:
+                part.save_point(index + 1)
+            bar.update(source.tokens)
 
 
 def _columns(source: Source) -> tuple[list[str], int]:
@@ -166,16 +287,12 @@ def _columns(source: Source) -> tuple[list[str], int]:
     return [name for name in COLUMNS if name in names], batch.topk
 
 
-def _append(
-    writer: DatasetWriter, source: Source, filters: Filters, dropped: Counter[str], kept: Counter[str]
-) -> None:
+def _append(parts: list[_Part], source: Source) -> None:
     row = 0
     for batch in source.batches():
-        chosen = select(batch, filters, dropped, kept)
         try:
-            if batch.topk != writer.topk and batch.response_lengths.any():
-                raise ValueError(f"k = {batch.topk} teacher tokens, the first file has {writer.topk}")
-            writer.append(chosen.prompt_lengths + chosen.response_lengths, flat_columns(chosen))
+            for part in parts:
+                part.add(batch)
         except ValueError as error:
             rows = f"rows {row} to {row + len(batch.prompt_lengths) - 1}"
             raise UserError(f"{source.path}, {rows}: {error}; make the file again") from None

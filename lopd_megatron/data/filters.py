@@ -48,15 +48,19 @@ def select(batch: RolloutBatch, filters: Filters, dropped: Counter[str], kept: C
             dropped[reason] += int(hit.sum())
     for reason in ("truncated", "repeated"):
         kept[reason] += int((verdicts[reason] & keep).sum())
-    return batch if keep.all() else _rows(batch, keep)
+    return rows_of(batch, keep)
 
 
-def _rows(batch: RolloutBatch, keep: np.ndarray) -> RolloutBatch:
+def rows_of(batch: RolloutBatch, keep: np.ndarray) -> RolloutBatch:
+    """The rows that `keep`, bool [n], marks."""
+    if keep.all():
+        return batch
     in_prompt = np.repeat(keep, batch.prompt_lengths)
     in_response = np.repeat(keep, batch.response_lengths)
     in_topk = np.repeat(keep, batch.response_lengths * batch.topk)
     return replace(
         batch,
+        prompt_ids=batch.prompt_ids[keep],
         prompt_lengths=batch.prompt_lengths[keep],
         response_lengths=batch.response_lengths[keep],
         is_truncated=batch.is_truncated[keep],

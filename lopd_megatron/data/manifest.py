@@ -44,6 +44,8 @@ class Manifest(BaseModel):
     """Kept although something is to be said of them."""
     alignment: dict[str, Any] | None
     """The alignment proof of the build: see `alignment.AlignmentReport`; None: not made."""
+    stops: dict[str, Any] | None = None
+    """How the responses end: see `stops.StopCounts.summary`; None: not counted."""
     files: dict[str, FileEntry]
     """`<column>.bin` and `<column>.idx`, without the prefix."""
     lineage: Lineage
@@ -58,7 +60,8 @@ class Manifest(BaseModel):
         return self.fingerprint == self._hash()
 
     def _hash(self) -> str:
-        value = self.model_dump(mode="json", exclude={"fingerprint"})
+        unknown_to_older = {"stops"} if self.stops is None else set()
+        value = self.model_dump(mode="json", exclude={"fingerprint"} | unknown_to_older)
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -82,9 +85,7 @@ def read_manifest(prefix: str | Path) -> Manifest:
                 f"{path} does not exist: the build of {prefix} is running or was stopped; "
                 "start the same command again to finish it"
             ) from None
-        raise UserError(
-            f"{path} does not exist: there is no dataset {prefix}; run tools/build_dataset.py"
-        ) from None
+        raise UserError(f"{path} does not exist: there is no dataset {prefix}; run lopd dataset") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except ValueError:

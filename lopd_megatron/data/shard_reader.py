@@ -28,6 +28,7 @@ _BATCH_ROWS = 256
 class RolloutBatch:
     """n rollouts, column by column; values of all rows end to end."""
 
+    prompt_ids: np.ndarray  # str objects [n]; equal for all samples of a prompt
     prompt_lengths: np.ndarray  # int32 [n]
     response_lengths: np.ndarray  # int32 [n]
     is_truncated: np.ndarray  # bool [n]
@@ -49,6 +50,10 @@ class Shard:
     sha256: str
     lineage: Lineage
     num_shards: int
+
+    def prompt_ids(self) -> list[str]:
+        """Of every row, in order. Reads one column."""
+        return pq.read_table(self.path, columns=["prompt_id"])["prompt_id"].to_pylist()
 
     def batches(self) -> Iterator[RolloutBatch]:
         """The rows in order, a few hundred at a time; the file's hash is checked first."""
@@ -76,6 +81,7 @@ class Shard:
 
 
 _READ = {
+    "prompt_id",
     "prompt_tokens",
     "response_tokens",
     "finish_reason",
@@ -173,6 +179,7 @@ def _rollout_batch(batch: pa.RecordBatch, path: Path, row: int) -> RolloutBatch:
         _same_lengths(lengths, response_lengths * topk, "teacher_topk_logprobs", path, row)
     truncated = np.array(batch["finish_reason"].to_pylist(), object) == "length"
     return RolloutBatch(
+        np.array(batch["prompt_id"].to_pylist(), object),
         prompt_lengths,
         response_lengths,
         truncated,

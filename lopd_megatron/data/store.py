@@ -141,7 +141,7 @@ def open_dataset(prefixes: Sequence[str | Path]) -> Dataset:
     UserError where a file is missing, short, or not what the manifest says; only `verify` hashes bytes.
     """
     if not prefixes:
-        raise UserError("no dataset is given; set data.prefixes or build one with tools/build_dataset.py")
+        raise UserError("no dataset is given; set data.prefixes or build one with lopd dataset")
     parts = [Prefix(str(prefix)) for prefix in prefixes]
     for part in parts[1:]:
         if part.topk != parts[0].topk:

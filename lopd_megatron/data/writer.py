@@ -136,6 +136,7 @@ class DatasetWriter:
         dropped: dict[str, int] | None = None,
         kept: dict[str, int] | None = None,
         alignment: dict[str, Any] | None = None,
+        stops: dict[str, Any] | None = None,
     ) -> Manifest:
         """Turn the building folder into the dataset. The prefix is not touched before all is on disk."""
         if not self.documents:
@@ -157,6 +158,7 @@ class DatasetWriter:
                 dropped=dropped or {},
                 kept=kept or {},
                 alignment=alignment,
+                stops=stops,
                 files=files,
                 lineage=lineage,
             ).sealed()

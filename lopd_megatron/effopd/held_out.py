@@ -14,8 +14,8 @@ import torch
 from lopd_megatron.config import LossConfig
 from lopd_megatron.effopd.scores import HeldOutSums
 from lopd_megatron.loss.fused_head import HeadRows, Objective, fused_head
+from lopd_megatron.loss.make_objective import make_objective
 from lopd_megatron.loss.objectives import TokenLoss
-from lopd_megatron.loss.selection import select_objective
 from lopd_megatron.loss.trained_tokens import TrainedTokens
 from lopd_megatron.parallel.vocab import VocabRange
 from lopd_megatron.records import LossOutput, MicroBatch
@@ -66,7 +66,7 @@ class HeldOutLoss:
         if self._score == "squared_log_ratio":
             return tokens.labels[:, None], _squared_log_ratio(tokens)
         reverse = self._config.model_copy(update={"objective": "topk_reverse_kl"})
-        return select_objective(reverse, tokens)
+        return make_objective(reverse)(tokens)
 
 
 def _squared_log_ratio(tokens: TrainedTokens) -> Objective:

@@ -30,9 +30,9 @@ class Run(Protocol):
 
 
 class Step(Protocol):
-    """The outcome of an optimizer step; `report` is name → float64 [2], numerator and denominator."""
+    """The outcome of an optimizer step; `metric_sums` is name → float64 [2], numerator and denominator."""
 
-    report: dict[str, torch.Tensor]
+    metric_sums: dict[str, torch.Tensor]
 
 
 class EffOPDHook:
@@ -69,7 +69,7 @@ class EffOPDHook:
             )
 
     def after_step(self, run: Run, result: Step) -> None:
-        """Search if the completed iteration is a trigger; what was taken joins the report of the step."""
+        """Search if the completed iteration is a trigger; what was taken joins the metrics of the step."""
         found = self.extrapolation.after_iteration(run.iteration)
         if found is None:
             return
@@ -79,7 +79,7 @@ class EffOPDHook:
             "seconds": self.extrapolation.history[-1]["seconds"],
         }
         for name, number in numbers.items():
-            result.report[f"effopd_{name}"] = torch.tensor([number, 1.0], dtype=torch.float64)
+            result.metric_sums[f"effopd_{name}"] = torch.tensor([number, 1.0], dtype=torch.float64)
         if dist.get_rank() == 0:
             say(describe(run.iteration, found))
 

@@ -74,7 +74,7 @@ class HeldOutForward:
 
 
 class AccuracyScore:
-    """Score by `tools/evaluate.py` on rank 0: a process of its own, because vLLM has its own process groups.
+    """Score by `lopd evaluate` on rank 0: a process of its own, because vLLM has its own process groups.
 
     On GPUs it shares memory with the training process: `evaluation.engine.gpu_memory_utilization` has to fit
     in what training leaves.
@@ -102,11 +102,10 @@ class AccuracyScore:
         shutil.rmtree(results / name, ignore_errors=True)
         summary = results / f"{name}.json"
         summary.unlink(missing_ok=True)
-        tool = Path(__file__).resolve().parents[2] / "tools" / "evaluate.py"
         problems = f"evaluation.input={json.dumps(self._config.effopd.accuracy_problems)}"
         # What is validated on is not what is reported: `RunConfig.check` would refuse the two to be equal.
         settings = [problems, "effopd.enabled=false", "--model", str(folder), "--name", name]
-        command = [sys.executable, str(tool), *self._arguments, *settings]
+        command = [sys.executable, "-m", "lopd_megatron", "evaluate", *self._arguments, *settings]
         subprocess.run(command, check=True, env=_outside_of_torchrun())
         found = json.loads(summary.read_text())
         return Score(found["accuracy"], found["standard_error"], found["num_problems"])

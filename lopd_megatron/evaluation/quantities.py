@@ -80,8 +80,8 @@ def _number(text: str) -> Fraction | None:
     repeating = _REPEATING.match(text)
     if repeating:
         sign, whole, fixed, period = repeating.groups()
-        over = int(f"0{whole}{fixed}{period}") - int(f"0{whole}{fixed}")
-        exact = Fraction(over, (10 ** len(period) - 1) * 10 ** len(fixed))
+        numerator = int(f"0{whole}{fixed}{period}") - int(f"0{whole}{fixed}")
+        exact = Fraction(numerator, (10 ** len(period) - 1) * 10 ** len(fixed))
         return -exact if sign == "-" else exact
     power = _POWER_OF_TEN.match(text)
     if power:

@@ -16,13 +16,20 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from lopd_megatron.config import EngineConfig
 from lopd_megatron.imports import quick_imports
+from lopd_megatron.inference.engine_settings import (
+    CPU_ENVIRONMENT,
+    QUIET_ENVIRONMENT,
+    Task,
+    engine_arguments,
+    engine_dtype,
+)
 from lopd_megatron.inference.outputs import BadAnswer, read_generation, read_native, read_stock, read_tensors
 from lopd_megatron.inference.requests import (
     EngineLost,
@@ -34,27 +41,7 @@ from lopd_megatron.inference.requests import (
     ScoreRequest,
     ScoringPath,
 )
-from lopd_megatron.inference.sizes import (
-    ModelShape,
-    check_fits,
-    cpu_kv_cache_bytes,
-    read_shape,
-    scoring_batch_tokens,
-)
-
-CPU_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "TORCHDYNAMO_DISABLE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-}
-QUIET_ENVIRONMENT = {
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "HF_HUB_OFFLINE": "1",
-}
-
+from lopd_megatron.inference.sizes import check_fits, read_shape
 
 _closed_in_process: list[Any] = []
 """Engines on the CPU that were closed and not yet taken apart."""
@@ -64,9 +51,7 @@ class VllmEngine:
     """An engine for one Hugging Face folder. See `requests.Engine` for the contract of the streams.
 
     Starts in about 11 CPU-seconds on a CPU, most of them imports. UserError where the model does not fit.
-    `task` decides what the CPU build cannot do at once: "generate" needs whole prefills for its seeds,
-    "score" wants prefills in chunks of `max_num_batched_tokens`, which bound the memory of the scores.
-    Documents of exactly `config.max_model_len` tokens can be scored.
+    `engine_settings` says what `task` decides.
     """
 
     def __init__(
@@ -74,7 +59,7 @@ class VllmEngine:
         model: str,
         config: EngineConfig,
         *,
-        task: Literal["generate", "score"],
+        task: Task,
         max_topk: int = 0,
         trust_remote_code: bool = False,
     ) -> None:
@@ -85,25 +70,24 @@ class VllmEngine:
         _set_environment(on_cpu)
         check_fits(self.shape, config, model, on_cpu=on_cpu)
         if config.max_model_len == self.shape.max_position_embeddings:
-            # One position more than the model has: never run, see max_model_len in _arguments.
+            # One position more than the model has: never run, see engine_arguments.
             os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
         take_apart_closed()
-        self.dtype: Literal["bfloat16", "float32"]
-        self.dtype = config.dtype if config.dtype != "auto" else ("float32" if on_cpu else "bfloat16")
+        self.dtype = engine_dtype(config, on_cpu=on_cpu)
         with warnings.catch_warnings():  # of torch, about vLLM's scan of all modules
             warnings.simplefilter("ignore", FutureWarning)
             with quick_imports():
                 from vllm import EngineArgs, LLMEngine
+                from vllm.platforms import current_platform
 
-            arguments = _arguments(self.shape, config, self.dtype, task, on_cpu)
+            # Not from torch, which would start CUDA in this process.
+            gpu_bytes = 0 if on_cpu else current_platform.get_device_total_memory()
+            arguments = engine_arguments(self.shape, config, task, gpu_bytes=gpu_bytes, max_topk=max_topk)
             self._engine = LLMEngine.from_engine_args(
                 EngineArgs(
                     model=model,
-                    max_logprobs=max(max_topk, 1),
                     trust_remote_code=trust_remote_code,
-                    skip_tokenizer_init=True,
                     use_tqdm_on_load=False,
-                    disable_log_stats=True,
                     **arguments,
                 )
             )
@@ -272,39 +256,6 @@ class VllmEngine:
             return self._engine.step()
 
 
-def _arguments(
-    shape: ModelShape, config: EngineConfig, dtype: str, task: Literal["generate", "score"], on_cpu: bool
-) -> dict[str, Any]:
-    """The part of vLLM's EngineArgs that follows from sizes and from the machine."""
-    # One more than the longest document: vLLM always samples one token after a scored prompt.
-    longest = config.max_model_len + 1
-    arguments: dict[str, Any] = {
-        "tensor_parallel_size": config.tensor_parallel_size,
-        "dtype": dtype,
-        "max_model_len": longest,
-        "max_num_seqs": config.max_num_seqs,
-        "max_num_batched_tokens": config.max_num_batched_tokens,
-        "gpu_memory_utilization": config.gpu_memory_utilization,
-        "kv_cache_memory_bytes": config.kv_cache_memory_bytes,
-        "enforce_eager": config.enforce_eager or on_cpu,
-        "enable_prefix_caching": task == "generate" and not on_cpu,
-        "seed": 0,
-    }
-    if dtype == "bfloat16":
-        # A bf16 logit of 16 to 32 is rounded to 0.125; scores need the fp32 head.
-        arguments["hf_overrides"] = {"head_dtype": "float32"}
-    if task == "score":
-        fitting = scoring_batch_tokens(shape.vocab_size, _free_bytes(config, on_cpu))
-        arguments["max_num_batched_tokens"] = min(config.max_num_batched_tokens, fitting)
-    if on_cpu and config.kv_cache_memory_bytes is None:
-        dtype_bytes = 4 if dtype == "float32" else 2
-        arguments["kv_cache_memory_bytes"] = cpu_kv_cache_bytes(shape, config, dtype_bytes)
-    if on_cpu and task == "generate":
-        arguments["enable_chunked_prefill"] = False
-        arguments["max_num_batched_tokens"] = max(config.max_num_batched_tokens, longest)
-    return arguments
-
-
 @contextlib.contextmanager
 def _lost_engines() -> Iterator[None]:
     """Whatever says that the engine died or ran out of memory, as `EngineLost`."""
@@ -330,17 +281,6 @@ def take_apart_closed() -> None:
         _closed_in_process.pop().engine_core.shutdown()
     cleanup_dist_env_and_memory()
     gc.collect()
-
-
-def _free_bytes(config: EngineConfig, on_cpu: bool) -> float:
-    """Memory for scores: what the engine leaves free of the GPU, or a quarter of what the host has free."""
-    if on_cpu:
-        import psutil
-
-        return psutil.virtual_memory().available / 4
-    from vllm.platforms import current_platform
-
-    return current_platform.get_device_total_memory() * (1 - config.gpu_memory_utilization)
 
 
 def _set_environment(on_cpu: bool) -> None:

@@ -17,7 +17,14 @@ import torch
 
 from lopd_megatron.config import EngineConfig
 from lopd_megatron.errors import UserError
-from lopd_megatron.inference.engine import CPU_ENVIRONMENT, QUIET_ENVIRONMENT
+from lopd_megatron.inference.engine_settings import (
+    CPU_ENVIRONMENT,
+    QUIET_ENVIRONMENT,
+    Task,
+    as_flags,
+    engine_arguments,
+)
+from lopd_megatron.inference.server_key import KEY_VARIABLE, KeyMiddleware, headers, own_key
 from lopd_megatron.inference.sizes import read_shape
 from lopd_megatron.progress import say
 
@@ -33,31 +40,31 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def server_command(model: str, engine: EngineConfig, port: int, max_topk: int) -> list[str]:
+def server_command(
+    model: str, engine: EngineConfig, task: Task, *, host: str, port: int, max_topk: int, gpu_bytes: int
+) -> list[str]:
     """vLLM's server for token ids in and out. `vllm serve` does the same but fails with the CPU build."""
-    on_cpu = not torch.cuda.is_available()
-    dtype = engine.dtype if engine.dtype != "auto" else ("float32" if on_cpu else "bfloat16")
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", model, "--served-model-name", "model", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--dtype", dtype, "--tensor-parallel-size", str(engine.tensor_parallel_size)]
-    # One position more than the longest document: vLLM samples a token after a scored prompt.
-    command += ["--max-model-len", str(engine.max_model_len + 1), "--max-num-seqs", str(engine.max_num_seqs)]
-    command += ["--gpu-memory-utilization", str(engine.gpu_memory_utilization)]
-    command += ["--max-logprobs", str(max(max_topk, 1)), "--generation-config", "vllm"]
-    command += ["--skip-tokenizer-init", "--enable-scale-out", "--no-enable-prefix-caching"]
-    command += ["--disable-log-stats", "--disable-uvicorn-access-log"]
-    batched = engine.max_num_batched_tokens
-    if on_cpu:  # a seeded request whose prefill is cut in chunks fails in the CPU build
-        command += ["--no-enable-chunked-prefill"]
-        batched = max(batched, engine.max_model_len + 1)
-    command += ["--max-num-batched-tokens", str(batched)]
-    if engine.kv_cache_memory_bytes is not None:
-        command += ["--kv-cache-memory-bytes", str(engine.kv_cache_memory_bytes)]
-    if engine.enforce_eager or on_cpu:
-        command += ["--enforce-eager"]
-    if dtype == "bfloat16":
-        command += ["--hf-overrides", '{"head_dtype": "float32"}']
-    return command
+    arguments = engine_arguments(read_shape(model), engine, task, gpu_bytes=gpu_bytes, max_topk=max_topk)
+    # Scores of prompts are wrong where a prefix came from the cache.
+    arguments |= {"enable_prefix_caching": False}
+    if not gpu_bytes and engine.kv_cache_memory_bytes is None:
+        arguments["kv_cache_memory_bytes"] = None  # the server takes it from its environment
+    return [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", model, "--served-model-name", "model", "--host", host, "--port", str(port)),
+        *as_flags(arguments),
+        *("--generation-config", "vllm", "--enable-scale-out", "--disable-uvicorn-access-log"),
+        *("--middleware", f"{KeyMiddleware.__module__}.{KeyMiddleware.__name__}"),
+    ]
+
+
+def gpu_memory(devices: str) -> int:
+    """Bytes of the first of the named GPUs, 0 where there is none; asked in a process that ends with CUDA."""
+    if not torch.cuda.is_available():
+        return 0
+    code = "import torch; print(torch.cuda.get_device_properties(0).total_memory)"
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": devices} if devices else {})
+    return int(subprocess.check_output([sys.executable, "-c", code], env=environment))
 
 
 class VllmServer:
@@ -70,16 +77,22 @@ class VllmServer:
         engine: EngineConfig,
         log: Path,
         *,
+        task: Task,
         max_topk: int = 0,
         devices: str = "",
+        host: str = "127.0.0.1",
         port: int | None = None,
+        key: str = "",
     ) -> None:
-        """`devices`: its CUDA_VISIBLE_DEVICES; only a host without GPUs goes without."""
+        """`devices`: its CUDA_VISIBLE_DEVICES; only a host without GPUs goes without. No `key`: a new one."""
         read_shape(model)  # a folder that is no model is refused before any process starts
         self.name, self.log, self.devices = name, log, devices
         self.port = port if port is not None else free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.command = server_command(model, engine, self.port, max_topk)
+        self.key = key or own_key()
+        self.url = f"http://{host}:{self.port}"
+        self.command = server_command(
+            model, engine, task, host=host, port=self.port, max_topk=max_topk, gpu_bytes=gpu_memory(devices)
+        )
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> VllmServer:
@@ -89,7 +102,8 @@ class VllmServer:
                 "online.teacher_devices (as in 4,5) to some that CUDA_VISIBLE_DEVICES does not hold"
             )
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        environment = os.environ | QUIET_ENVIRONMENT | {"VLLM_SERVER_DEV_MODE": "1"}
+        # The routes of the development mode load weights; the middleware asks for the key before them.
+        environment = os.environ | QUIET_ENVIRONMENT | {"VLLM_SERVER_DEV_MODE": "1", KEY_VARIABLE: self.key}
         if not torch.cuda.is_available():
             # Without a size vLLM takes most of the memory of the host, in GiB.
             # VLLM_ENABLE_V1_MULTIPROCESSING=0 keeps its one worker in the process of the engine's core.
@@ -119,7 +133,10 @@ class VllmServer:
                     f"ready; see {self.log}: {_last_line(self.log)}"
                 )
             try:
-                if httpx.get(f"{self.url}/health", timeout=5, trust_env=False).status_code == 200:
+                answer = httpx.get(
+                    f"{self.url}/health", timeout=5, trust_env=False, headers=headers(self.key)
+                )
+                if answer.status_code == 200:
                     break
             except httpx.TransportError:
                 pass

@@ -1,8 +1,8 @@
 """A live vLLM server whose weights follow the training: rollouts and scores by HTTP, weights in place.
 
-The server is `python -m vllm.entrypoints.openai.api_server --enable-scale-out` with VLLM_SERVER_DEV_MODE=1
-(`launch.servers` starts one). Everything goes in and comes out as token ids. A server that dies is waited
-for: requests that were lost are sent again and, because they carry their seed, give the same answers.
+`server.VllmServer` starts the server; every request carries its key. Everything goes in and comes out as
+token ids. A server that dies is waited for. Requests that were lost are sent again; because they carry
+their seed, they give the same answers.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 
 from lopd_megatron.errors import UserError
 from lopd_megatron.inference.requests import Generation, GenerationRequest, Sampling, Score, ScoreRequest
+from lopd_megatron.inference.server_key import headers
 from lopd_megatron.progress import say
 
 Answer = TypeVar("Answer")
@@ -33,9 +34,10 @@ class ServerClient:
     `patience_s`: how long the server may be away, counted anew from every answer, before a UserError.
     """
 
-    def __init__(self, url: str, name: str, *, patience_s: float, max_in_flight: int = 256) -> None:
+    def __init__(self, url: str, name: str, *, key: str, patience_s: float, max_in_flight: int = 256) -> None:
         self.url = url.rstrip("/")
         self.name = name
+        self.key = key
         self.patience_s = patience_s
         self.max_in_flight = max_in_flight
         self.weight_version = "default"
@@ -144,6 +146,11 @@ class ServerClient:
                 return answer.json()
             # A server whose engine has died answers 5xx before it leaves; one that goes on so is broken.
             broken += 1
+            if answer.status_code == 401:
+                raise UserError(
+                    f"{self.name} at {self.url} does not take the key of this run; give both sides one "
+                    "online.key_file, or let the training start the server"
+                )
             if answer.status_code < 500 or broken > MAX_SERVER_ERRORS:
                 raise UserError(
                     f"{self.name} at {self.url} refuses {path} ({answer.status_code}): {answer.text[:300]}; "
@@ -173,7 +180,8 @@ class ServerClient:
 
     async def _is_healthy(self, client: httpx.AsyncClient) -> bool:
         try:
-            return (await client.get("/health", timeout=10)).status_code == 200
+            # Without the right key it lives all the same; the next request says what is wrong.
+            return (await client.get("/health", timeout=10)).status_code in (200, 401)
         except httpx.TransportError:
             return False
 
@@ -182,7 +190,11 @@ class ServerClient:
         timeout = httpx.Timeout(REQUEST_TIMEOUT_S, connect=10)
         # No proxy from the environment: servers stand in the same cluster.
         async with httpx.AsyncClient(
-            base_url=self.url, limits=limits, timeout=timeout, trust_env=False
+            base_url=self.url,
+            limits=limits,
+            timeout=timeout,
+            trust_env=False,
+            headers=headers(self.key),
         ) as client:
             return await work(client)
 

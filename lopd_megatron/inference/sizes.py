@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lopd_megatron.config import EngineConfig
 from lopd_megatron.errors import UserError
+from lopd_megatron.model.student_spec import read_hf_config
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Of vLLM's CPU attention; any other fails deep in the first forward pass."""
@@ -29,16 +28,8 @@ class ModelShape:
     architecture: dict[str, Any]
 
 
-def read_config(model: str) -> dict[str, Any]:
-    """`config.json` of a Hugging Face folder."""
-    path = Path(model) / "config.json"
-    if not path.is_file():
-        raise UserError(f"model folder {model!r} has no config.json; give a Hugging Face model folder")
-    return json.loads(path.read_text())
-
-
 def read_shape(model: str) -> ModelShape:
-    whole = read_config(model)
+    whole = read_hf_config(model)
     config = whole.get("text_config", whole)  # models that also see keep their language model here
     heads = config["num_attention_heads"]
     return ModelShape(

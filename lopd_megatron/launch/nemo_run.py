@@ -1,6 +1,6 @@
 """The chain through NeMo-Run, which launches the same commands (`run.Script`) and nothing else.
 
-    python -m lopd_megatron.launch --executor local|slurm ...
+    lopd run RECIPE --on nemo|nemo-local ...
     python -m lopd_megatron.launch.nemo_run --factory tiny_lightning_opd where=slurm --yes
 
 The second form is NeMo-Run's own command line; every function of recipes/*.py is a factory there. This is the
@@ -221,10 +221,10 @@ def main() -> None:
     def partial(recipe: str) -> Callable[[], Any]:
         return lambda: nemo_run.Partial(launch, recipe=recipe)
 
-    for file in sorted(Path("recipes").glob("*.py")):
+    for file in sorted(cli.RECIPES.glob("*.py")):
         for function in cli.recipe_names(cli.recipe_module(file)):
             factory = nemo_run.cli.factory(target=launch, name=f"{file.stem}_{function}")
-            factory(partial(f"{file}:{function}"))
+            factory(partial(f"recipes/{file.name}:{function}"))
     nemo_run.cli.main(launch)
     if "--yes" in sys.argv:  # a launch would have exited: this is an error that NeMo-Run has only printed
         sys.exit(1)

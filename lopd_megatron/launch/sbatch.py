@@ -5,7 +5,9 @@ from __future__ import annotations
 import shlex
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 
+from lopd_megatron.errors import UserError
 from lopd_megatron.launch.shell import environment
 from lopd_megatron.launch.stages import Stage, refuse_short_time
 
@@ -87,4 +89,6 @@ def variables(stage: Stage) -> dict[str, str]:
 
 def run(stages: Sequence[Stage]) -> int:
     """Submit the chain. Returns sbatch's exit code when a submission is refused; later ones are not tried."""
+    if not Path("slurm/job.sh").is_file():
+        raise UserError("slurm/job.sh is not below this folder; submit from a checkout of lopd_megatron")
     return subprocess.run(["bash", "-c", render(stages)], env=environment()).returncode

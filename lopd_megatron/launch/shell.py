@@ -32,7 +32,7 @@ def run(stages: Sequence[Stage]) -> int:
         if stage.resources.nodes > 1:
             raise UserError(
                 f"{stage.job} asks for {stage.resources.nodes} nodes; a shell has one: "
-                f"set launch.stages.{stage.name}.nodes=1 or use --executor slurm"
+                f"set launch.stages.{stage.name}.nodes=1 or use --on slurm"
             )
     for stage in stages:
         for command in stage.worker_commands():

@@ -18,7 +18,10 @@ from typing import Literal
 from lopd_megatron import cli
 from lopd_megatron.config import RunConfig, StageResources
 from lopd_megatron.errors import UserError
+from lopd_megatron.layout_check import check_layout
 
+RENAMED_STAGES = {"score": "scores", "build": "dataset"}
+"""Names of 0.1.0, which still work."""
 WARNING_S = 300
 """Before its time limit a training job is told to save; Slurm may say so a minute early."""
 
@@ -84,9 +87,9 @@ def processes_per_node(config: RunConfig) -> int:
 
 def stages(config: RunConfig, recipe: str, overrides: Sequence[str] = ()) -> list[Stage]:
     """The stages of one run, in an order in which they can run."""
-    arguments = ("--recipe", recipe, *overrides)
+    arguments = (recipe, *overrides)
     paths, model, wanted = config.paths, config.model, config.launch.stages
-    sft = config.loss.objective == "sft"
+    sft = not config.needs_teacher
 
     def stage(
         name: str,
@@ -110,7 +113,7 @@ def stages(config: RunConfig, recipe: str, overrides: Sequence[str] = ()) -> lis
             config.name,
             name,
             kind,
-            (*program, *([] if name == "export" else arguments)),
+            (*program, *arguments),
             resources,
             tuple(Path(path) for path in reads if str(path)),
             (writes,),
@@ -121,27 +124,27 @@ def stages(config: RunConfig, recipe: str, overrides: Sequence[str] = ()) -> lis
     online = config.online.enabled
     if config.prompts.input and (online or not config.data.prefixes):
         files = [*config.prompts.input, *config.prompts.contamination_files]
-        found.append(stage("prompts", _tool("prepare_prompts"), [model.student, *files], paths.prompts))
+        found.append(stage("prompts", _lopd("prompts"), [model.student, *files], paths.prompts))
     if not config.data.prefixes and not online:
         generator = model.student if config.rollouts.generator == "student" else model.teacher
-        tool = _tool("generate_rollouts")
-        found.append(stage("rollouts", tool, [paths.prompts, generator], paths.rollouts, "array"))
+        program = _lopd("rollouts")
+        found.append(stage("rollouts", program, [paths.prompts, generator], paths.rollouts, "array"))
         if not sft:
-            tool = _tool("score_rollouts")
-            found.append(stage("scores", tool, [paths.rollouts, model.teacher], paths.scores, "array"))
+            program = _lopd("scores")
+            found.append(stage("scores", program, [paths.rollouts, model.teacher], paths.scores, "array"))
         source = paths.rollouts if sft else paths.scores
-        found.append(stage("dataset", _tool("build_dataset"), [source], paths.dataset_prefix))
+        found.append(stage("dataset", _lopd("dataset"), [source], paths.dataset_prefix))
     data = [paths.prompts, model.teacher] if online else list(config.dataset_prefixes)
     read = [model.student, *data, *config.data.valid_prefixes]
     if online and not (config.online.student_url and config.online.teacher_url):
         # Starts its servers beside the training, on this one node.
-        found.append(stage("train", _tool("train_online"), read, paths.checkpoints))
+        found.append(stage("train", _lopd("train"), read, paths.checkpoints))
     else:
         found.append(stage("train", _torchrun(config), read, paths.checkpoints, "torchrun"))
-    found.append(stage("export", _export(config), [paths.checkpoints, model.student], paths.hf))
+    found.append(stage("export", _lopd("export"), [paths.checkpoints, model.student], paths.hf))
     if config.evaluation.input:
         inputs: list[str | Path] = [paths.hf, *config.evaluation.input]
-        found.append(stage("evaluate", _tool("evaluate"), inputs, paths.evaluation, "array"))
+        found.append(stage("evaluate", _lopd("evaluate"), inputs, paths.evaluation, "array"))
     return ordered(found)
 
 
@@ -152,9 +155,11 @@ def chain(recipes: Sequence[str], overrides: Sequence[str] = (), only: Sequence[
     """
     found: list[Stage] = []
     for recipe in recipes:
-        config, _ = cli.parse(cli.parser(None), ["--recipe", recipe, *overrides])
+        config, _ = cli.parse(cli.parser(None), [recipe, *overrides])
+        check_layout(config)
         found += stages(config, recipe, overrides)
     names = list(dict.fromkeys(stage.name for stage in found))
+    only = [RENAMED_STAGES.get(name, name) for name in only]
     for name in only:
         if name not in names:
             raise UserError(f"--stages: this chain has no stage {name!r}; it has {', '.join(names)}")
@@ -178,15 +183,8 @@ def ordered(found: Sequence[Stage]) -> list[Stage]:
     return result
 
 
-def _tool(name: str) -> tuple[str, ...]:
-    return ("python", f"tools/{name}.py")
-
-
-def _export(config: RunConfig) -> tuple[str, ...]:
-    """The export works on folders and knows no recipe. A second run of the same checkpoint writes nothing."""
-    folders = {"checkpoint": config.paths.checkpoints, "hf": config.model.student, "output": config.paths.hf}
-    options = [word for name, path in folders.items() for word in (f"--{name}", str(path))]
-    return (*_tool("convert_checkpoint"), "export", *options, "--overwrite")
+def _lopd(verb: str) -> tuple[str, ...]:
+    return ("python", "-m", "lopd_megatron", verb)
 
 
 def _torchrun(config: RunConfig) -> tuple[str, ...]:

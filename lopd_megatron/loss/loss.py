@@ -2,46 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 
 from lopd_megatron.config import LossConfig
 from lopd_megatron.loss.fused_head import HeadRows, TokenValues, fused_head
-from lopd_megatron.loss.metrics import token_report
+from lopd_megatron.loss.make_objective import ClassDivergence, make_objective, with_divergence
+from lopd_megatron.loss.metrics import kl_estimate, token_metric_sums
 from lopd_megatron.loss.nonfinite import FiniteCheck
 from lopd_megatron.loss.plain_head import plain_head
-from lopd_megatron.loss.selection import select_objective
 from lopd_megatron.loss.trained_tokens import TrainedTokens
 from lopd_megatron.parallel.vocab import VocabRange
 from lopd_megatron.records import LossOutput, MicroBatch
 
 
-def build_loss(
-    config: LossConfig,
-    *,
-    vocab: VocabRange,
-    sequence_parallel: bool,
-    cp_group: dist.ProcessGroup | None = None,
-) -> Loss:
-    """The loss of a run; `vocab.group` is the tensor-parallel group, None where there is one rank."""
-    return Loss(config, vocab, sequence_parallel, cp_group)
+class TokenSignals(NamedTuple):
+    """What one micro-batch says of its n trained tokens."""
+
+    values: TokenValues
+    tokens: TrainedTokens
+    reverse_kl: torch.Tensor | None  # [n]
+    kl_estimate: torch.Tensor | None  # [n]
 
 
 class Loss:
     """Called once per micro-batch on the last pipeline stage.
 
-    `finite.raise_if_any(pooled report)` belongs between the pooling of a step and its optimizer step.
+    `finite.raise_if_any(pooled metric sums)` belongs between the pooling of a step and its optimizer step.
+    `observe` sees the tokens of every micro-batch and, int64 [n], the dataset index of their documents.
     """
 
     def __init__(
         self,
         config: LossConfig,
+        *,
         vocab: VocabRange,
         sequence_parallel: bool,
-        cp_group: dist.ProcessGroup | None,
+        cp_group: dist.ProcessGroup | None = None,
     ) -> None:
+        """`vocab.group` is the tensor-parallel group, None where there is one rank."""
         self.finite = FiniteCheck()
+        self.observe: Callable[[TokenSignals, torch.Tensor], None] | None = None
         self._config = config
+        self._objective = make_objective(config)
         self._vocab = vocab
         self._sequence_parallel = sequence_parallel
         self._cp_group = cp_group if cp_group is not None and cp_group.size() > 1 else None
@@ -55,7 +61,10 @@ class Loss:
         over CP one all-reduce of [documents] int64.
         """
         tokens = TrainedTokens.of(batch)
-        ids, objective = select_objective(self._config, tokens)
+        ids, objective = self._objective(tokens)
+        divergence: ClassDivergence | None = None
+        if tokens.teacher_topk_ids is not None:
+            ids, objective, divergence = with_divergence(self._config, tokens, objective)
         per_sequence = self._config.normalization == "per_sequence"
         if per_sequence:
             token_weights = tokens.response_lengths.double().reciprocal()
@@ -65,16 +74,23 @@ class Loss:
             denominator = token_weights.sum()
 
         numerator, values = self._head(hidden, weight, HeadRows(tokens.rows, ids, token_weights, objective))
-        report = token_report(
+        reverse_kl = divergence.reverse_kl if divergence else None
+        estimate = kl_estimate(tokens, values.student_logprobs, divergence)
+        metric_sums = token_metric_sums(
             tokens,
             student_logprobs=values.student_logprobs,
             entropy=values.entropy,
+            reverse_kl=reverse_kl,
+            estimate=estimate,
             relative_position=self._relative_position(batch, tokens),
             advantage_clip=self._config.advantage_clip,
         )
-        report["loss"] = torch.stack([(values.loss * token_weights).sum(), denominator.double()])
-        report |= self.finite.record(torch.stack(values), tokens, batch.document_indices)
-        return LossOutput(numerator, denominator.int(), report)
+        metric_sums["loss"] = torch.stack([(values.loss * token_weights).sum(), denominator.double()])
+        metric_sums |= self.finite.record(torch.stack(values), tokens, batch.document_indices)
+        if self.observe is not None:
+            documents = torch.tensor(batch.document_indices, device=tokens.sequence.device)
+            self.observe(TokenSignals(values, tokens, reverse_kl, estimate), documents[tokens.sequence])
+        return LossOutput(numerator, denominator.int(), metric_sums)
 
     def _head(
         self, hidden: torch.Tensor, weight: torch.Tensor, rows: HeadRows

@@ -1,7 +1,7 @@
 """A non-finite loss or log-prob stops the step before the optimizer, and says where it came from.
 
 Looking at a value on the accelerator waits for it. So each micro-batch only leaves its count of bad tokens in
-the report and their place here; both are read once a step, when the report is pooled anyway.
+the metric sums and their place here; both are read once a step, when the sums are pooled anyway.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class FiniteCheck:
     ) -> dict[str, torch.Tensor]:
         """Note the bad ones of `values` [m, n], m values for each of the n tokens. No wait for the device.
 
-        Returns the pair for the report: bad tokens, trained tokens.
+        Returns the pair for the metric sums: bad tokens, trained tokens.
         """
         bad = ~values.isfinite().all(0)
         self._seen.append(_Seen(bad, tokens, document_indices))
@@ -44,7 +44,7 @@ class FiniteCheck:
         return {NONFINITE: torch.stack([bad.sum().double(), count])}
 
     def raise_if_any(self, pooled: Mapping[str, torch.Tensor]) -> None:
-        """Call with the pooled report of a step, on every rank, before the optimizer step.
+        """Call with the pooled metric sums of a step, on every rank, before the optimizer step.
 
         Raises `NonFiniteLoss` on all ranks if any of them saw a bad token, and forgets the step.
         """

@@ -1,8 +1,8 @@
-"""The trained tokens of a micro-batch, taken out of it: loss, gradient and report see no others."""
+"""The trained tokens of a micro-batch, taken out of it: loss, gradient and metrics see no others."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -22,6 +22,7 @@ class TrainedTokens:
     rollout_logprobs: torch.Tensor | None  # [n]
     teacher_topk_ids: torch.Tensor | None  # int64 [n, k]
     teacher_topk_logprobs: torch.Tensor | None  # [n, k]
+    teacher_class_logprobs: torch.Tensor | None = None  # [n, c], for objectives over token classes
 
     @classmethod
     def of(cls, batch: MicroBatch) -> TrainedTokens:
@@ -47,6 +48,17 @@ class TrainedTokens:
             teacher_topk_ids=take(batch.teacher_topk_ids),
             teacher_topk_logprobs=take_logprobs(batch.teacher_topk_logprobs),
         )
+
+    def part(self, rows: slice) -> TrainedTokens:
+        """The same columns of some of the tokens, without a copy."""
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TrainedTokens(**{n: None if column is None else column[rows] for n, column in columns.items()})
+
+    def column(self, name: str) -> torch.Tensor:
+        """A column that the objective's entry in the table names, so it is there."""
+        found = getattr(self, name)
+        assert found is not None, name
+        return found
 
     @property
     def count(self) -> int:

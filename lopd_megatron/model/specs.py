@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from lopd_megatron.model.attention import SdpaAttention, VarlenAttention
 from lopd_megatron.model.student_spec import StudentSpec
+from lopd_megatron.parallel.versions import is_mixture_of_experts
 
 _CORE_ATTENTION = {"sdpa": SdpaAttention, "varlen": VarlenAttention}
 
@@ -57,8 +58,6 @@ def _same_keys_as_transformer_engine(block: TransformerBlockSubmodules) -> None:
     The local layer renames both norms to the names that Transformer Engine's fused layers write; in a
     mixture-of-experts layer Transformer Engine does not fuse the second norm, so it keeps its own name.
     """
-    from megatron.core.transformer.moe.moe_layer import MoELayer
-
     for layer in block.layer_specs:
-        if layer.submodules.mlp.module is MoELayer:
+        if is_mixture_of_experts(layer):
             layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)

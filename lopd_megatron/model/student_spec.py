@@ -6,7 +6,6 @@ transformers is refused by name instead of approximated.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 
 from lopd_megatron.config import ParallelConfig, RunConfig
 from lopd_megatron.errors import UserError
+from lopd_megatron.hf_folder import read_config
 from lopd_megatron.parallel import prepare_megatron
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class StudentSpec:
     """Everything that defines the student: Megatron's configuration and what GPTModel takes beside it."""
 
     transformer_config: TransformerConfig
-    hf_config: dict[str, Any]
+    hf_config: dict[str, Any]  # as it is written in config.json; an export writes it again
     attention: str  # "transformer_engine" | "varlen" | "sdpa"
     vocab_size: int  # rows that mean a token
     padded_vocab_size: int  # rows that exist; those from vocab_size on are zero and masked in the loss
@@ -65,16 +65,28 @@ class StudentSpec:
 
 
 def read_hf_config(source: str | Path | dict[str, Any]) -> dict[str, Any]:
-    """`config.json` of a Hugging Face folder (or the file, or its content) as a dictionary."""
+    """The configuration of a Hugging Face folder as transformers computes it, with all defaults filled in.
+
+    A dictionary is a whole configuration already, and a model type that is not supported stays as written.
+    So two forms of the rotary settings, or a missing field, mean here what they mean to transformers.
+    """
     if isinstance(source, dict):
         return source
-    path = Path(source)
-    path = path / "config.json" if path.is_dir() else path
-    if not path.is_file():
+    if not Path(source).exists():
+        raise UserError(f"{source} is not a Hugging Face model folder: it does not exist; set model.student")
+    stored = read_config(source)
+    if stored.get("model_type") not in MODEL_TYPES:
+        return stored
+    from transformers import CONFIG_MAPPING
+
+    # The dtype of the files counts, not what the config says of it.
+    known = {key: value for key, value in stored.items() if key not in ("dtype", "torch_dtype")}
+    try:
+        return CONFIG_MAPPING[stored["model_type"]](**known).to_dict()
+    except Exception as error:
         raise UserError(
-            f"{source} is not a Hugging Face model folder: {path} does not exist; set model.student"
-        )
-    return json.loads(path.read_text())
+            f"{source}: transformers does not accept config.json ({type(error).__name__}: {error})"
+        ) from error
 
 
 def student_spec(
@@ -90,6 +102,7 @@ def student_spec(
 
     hf = read_hf_config(source)
     _refuse_unsupported(hf)
+    stored = source if isinstance(source, dict) else read_config(source)
     attention = attention or attention_backend(config.model.attention, config.train.precision)
     rope = rope_parameters(hf)
     arguments = {
@@ -101,7 +114,7 @@ def student_spec(
     tp = config.parallel.tensor_model_parallel_size
     return StudentSpec(
         transformer_config=TransformerConfig(**arguments),
-        hf_config=hf,
+        hf_config=stored,
         attention=attention,
         vocab_size=hf["vocab_size"],
         padded_vocab_size=padded_vocab_size(hf["vocab_size"], tp),
@@ -145,7 +158,7 @@ def rope_parameters(hf: dict[str, Any]) -> dict[str, Any]:
     """Rotary parameters in the transformers-5 form, from either form of config.json."""
     stored = hf.get("rope_parameters") or {}
     old = hf.get("rope_scaling") or {}
-    rope = {"rope_theta": hf.get("rope_theta", 10000.0), **old, **stored}
+    rope = {"rope_theta": hf.get("rope_theta", 10000.0), **stored, **old}
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
     return rope
 
@@ -167,7 +180,8 @@ def _refuse_unsupported(hf: dict[str, Any]) -> None:
         raise UserError(f"model_type {kind!r} is not supported; supported: {', '.join(MODEL_TYPES)}")
     if hf.get("hidden_act", "silu") != "silu":
         raise UserError(f"hidden_act {hf['hidden_act']!r} is not supported; only 'silu' is")
-    if hf.get("use_sliding_window"):
+    # transformers lists the kind of every layer; the flag alone may concern none of them.
+    if set(hf.get("layer_types") or ["sliding"]) != {"full_attention"} and hf.get("use_sliding_window"):
         raise UserError("use_sliding_window=true is not supported: the student attends to the whole sequence")
     if hf.get("mlp_bias"):
         raise UserError("mlp_bias=true is not supported")
@@ -178,6 +192,14 @@ def _refuse_unsupported(hf: dict[str, Any]) -> None:
     if kind in ("qwen3", "qwen3_moe") and hf.get("attention_bias"):
         raise UserError(f"attention_bias=true is not supported for {kind}")
     rope = rope_parameters(hf)
+    if not isinstance(rope.get("rope_theta"), int | float):
+        raise UserError(f"rope_theta={rope.get('rope_theta')} in config.json is no number")
+    if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) not in (None, 1, 1.0):
+        raise UserError(f"partial_rotary_factor is not supported for {kind}: all of a head is rotated")
+    if num_experts(hf) and hf.get("num_experts_per_tok") == 1 and hf.get("norm_topk_prob"):
+        raise UserError(
+            "num_experts_per_tok=1 with norm_topk_prob=true is not supported: its router has no gradient"
+        )
     if rope["rope_type"] not in ("default", "llama3"):
         raise UserError(f"rope_type {rope['rope_type']!r} is not supported; only 'default' and 'llama3' are")
     if rope["rope_type"] == "llama3":

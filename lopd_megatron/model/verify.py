@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from lopd_megatron.hf_folder import HfFolder
 from lopd_megatron.imports import quick_imports
-from lopd_megatron.model.hf_folder import HfFolder
 from lopd_megatron.model.student import StudentModel, full_logits
 from lopd_megatron.parallel.topology import Topology
 from lopd_megatron.records import MicroBatch

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from lopd_megatron.errors import UserError
+from lopd_megatron.hf_folder import HfFolder
 from lopd_megatron.model.export import WholeTensors, check_output, write_hf_folder
-from lopd_megatron.model.hf_folder import HfFolder
 from lopd_megatron.model.names import (
     Weight,
     canonical_name,
@@ -87,6 +87,8 @@ class HfTensors:
         """A UserError where the tensors of the folder are not exactly those of the model."""
         self.dtype: torch.dtype = spec.transformer_config.params_dtype
         self._files = HfFolder(folder)
+        if spec.tied_embeddings:
+            self._files.refuse_second_head()
         self._spec = spec
         self._check_coverage()
 

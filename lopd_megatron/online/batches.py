@@ -35,13 +35,13 @@ from lopd_megatron.inference.requests import (
     ScoreRequest,
     document_seed,
 )
-from lopd_megatron.loss import finalize_report
+from lopd_megatron.loss import finalize_metrics
 from lopd_megatron.model.weights import export_hf
 from lopd_megatron.progress import say
 from lopd_megatron.train.checkpoint_state import parameters_are_current
-from lopd_megatron.train.setup import build_head_loss, build_loader
+from lopd_megatron.train.setup import build_loader, loss_of_run
 from lopd_megatron.train.state import Hook, StepResult, Trainer
-from lopd_megatron.train.step import pool_reports, run_microbatches
+from lopd_megatron.train.step import pool_metric_sums, run_microbatches
 
 
 class Scorer(Protocol):
@@ -198,11 +198,11 @@ class OnlineRollouts(Hook):
     def _difference(self, trainer: Trainer, probe: list[Document]) -> float:
         """Root mean square of log π_Megatron − log π_vLLM: with the server as teacher it is √(2·k2)."""
         config = self.config.model_copy(update={"loss": LossConfig(objective="lightning_opd")})
-        loss = build_head_loss(config, trainer.spec, trainer.topology)
+        loss = loss_of_run(config, trainer.spec, trainer.topology)
         batch = pack(config, trainer, probe)
         outputs = run_microbatches(replace(trainer, loss=loss), batch, forward_only=True)
-        report = finalize_report(pool_reports([output.report for output in outputs], trainer))
-        return math.sqrt(2 * report["k2"])
+        metrics = finalize_metrics(pool_metric_sums([output.metric_sums for output in outputs], trainer))
+        return math.sqrt(2 * metrics["k2"])
 
     def _note(self, iteration: int, difference: float) -> None:
         line = {"iteration": iteration, "sync_rms_nats": difference, "seconds": self.seconds}

@@ -9,6 +9,7 @@ from lopd_megatron.errors import UserError
 from lopd_megatron.fingerprints import model_fingerprint, tokenizer_fingerprint
 from lopd_megatron.inference.requests import Sampling
 from lopd_megatron.inference.server_client import ServerClient
+from lopd_megatron.inference.server_key import own_key
 from lopd_megatron.lineage import Lineage, check_consistency, read_model_lineage
 from lopd_megatron.online.batches import Engines, OnlineRollouts, Prompt
 from lopd_megatron.records import PROMPT_SCHEMA
@@ -28,12 +29,11 @@ def connect(config: RunConfig) -> Engines:
     for name in ("student", "teacher"):
         url = getattr(config.online, f"{name}_url")
         if not url:
-            raise UserError(
-                f"online.{name}_url is empty; start the run with tools/train_online.py or name a server"
-            )
+            raise UserError(f"online.{name}_url is empty; start the run with lopd train or name a server")
         client = ServerClient(
             url,
             f"{name} server",
+            key=own_key(config.online.key_file),
             patience_s=config.online.server_patience_s,
             max_in_flight=2 * config.rollouts.engine.max_num_seqs,
         )
@@ -74,7 +74,7 @@ def check_online_inputs(config: RunConfig) -> Inputs:
     reason = check_consistency(
         student=student,
         teacher=teacher,
-        objective=config.loss.objective,
+        needs_teacher=config.needs_teacher,
         allow_mismatch=config.lineage.allow_mismatch,
     )
     start, parent = model_fingerprint(student), read_model_lineage(student)

@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 
+from lopd_megatron.parallel.versions import megatron_version
+
 
 def install() -> None:
-    """Patch Megatron-Core once per process."""
+    """Patch Megatron-Core once per process; a version that is not known is refused."""
+    megatron_version()
     _moe_without_te()
     _recompute_without_te()
     from megatron.core.optimizer import distrib_optimizer

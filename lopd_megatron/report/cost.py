@@ -33,16 +33,16 @@ class StageCost:
 def stage_costs(run: RunFolder) -> list[StageCost]:
     """The three stages that the paper counts, as far as they are measured.
 
-    From `seconds.json` where the chain's program wrote it (with start-up), else from the worker logs and
-    the metrics (without start-up).
+    Wall times: from `seconds.json` where the chain's program wrote it (with start-up), else from the worker
+    logs and the metrics (without start-up). Nothing where a stage's log has no times.
     """
     found = []
     for stage, folder in (("rollouts", run.rollouts), ("scores", run.scored)):
         gpus = _gpus(run, stage)
         if stage in run.stage_seconds:
             found.append(StageCost(stage, run.stage_seconds[stage], gpus, "seconds.json"))
-        elif folder and any(folder.worker_logs):
-            found.append(StageCost(stage, _worker_seconds(folder), gpus, "worker logs, without start-up"))
+        elif folder and (seconds := _worker_seconds(folder)):
+            found.append(StageCost(stage, seconds, gpus, "worker logs, without start-up"))
     if "train" in run.stage_seconds:
         found.append(StageCost("train", run.stage_seconds["train"], _gpus(run, "train"), "seconds.json"))
     elif run.metrics:
@@ -73,11 +73,17 @@ def _gpus(run: RunFolder, stage: str) -> int:
 
 
 def _worker_seconds(folder: ShardFolder) -> float:
-    """Per worker: from its first commit to its last, and before that the first shard at its logged rate."""
+    """Sum over workers of their wall time up to the last commit; one that was started again counts each time.
+
+    A line holds the seconds since its process began, so a smaller number is a new process.
+    """
     total = 0.0
-    for lines in filter(None, folder.worker_logs):
-        first, last = lines[0], lines[-1]
-        total += last["time"] - first["time"] + first["tokens"] / max(first["tokens_per_second"], 1e-9)
+    for lines in folder.worker_logs:
+        before = 0.0
+        for line in lines:
+            seconds = line.get("seconds", 0.0)
+            total += seconds if seconds < before else seconds - before
+            before = seconds
     return total
 
 

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from lopd_megatron.config import RunConfig
 from lopd_megatron.report.svg import Line, line_chart
+from lopd_megatron.train.held_out import Validation
 
 DECILES = 10
 
@@ -17,7 +18,9 @@ Metrics = Sequence[dict[str, Any]]
 
 _TRAINING = (
     ("loss", "what is minimised; of an advantage-weighted loss only the gradient has a meaning"),
-    ("reverse_kl", "log π_θ − log π_T on the rollouts' tokens, nats"),
+    ("reverse_kl", "KL(π_θ ‖ π_T) over the teacher's top-k, the sampled token and the rest, nats"),
+    ("kl_estimate", "KL(π_θ ‖ π_T) over the vocabulary, estimated: k tokens and a weighted sample, nats"),
+    ("log_ratio_mean", "log π_θ − log π_T on stored tokens, nats; not a KL once the student has moved"),
     ("k2", "½ (log π_θ − log π_T)², the loss without clip"),
     ("entropy", "of the student's next-token distribution, nats"),
     ("student_logprobs", "log π_θ of the trained tokens, nats"),
@@ -50,6 +53,31 @@ def training_figures(metrics: Metrics) -> list[Figure]:
             labels = tuple(line.label for line in lines) if len(lines) > 1 else ()
             found.append(Figure(name, explanation, line_chart(lines), labels))
     return found
+
+
+def held_out_figures(validations: Sequence[Validation]) -> list[Figure]:
+    """The value that a run is judged by and the estimate of the whole KL, ± their standard errors."""
+    estimates = [e for e in (validation.kl_estimate for validation in validations) if e is not None]
+    return [_held_out_figure(values) for values in (validations, estimates) if values]
+
+
+def _held_out_figure(validations: Sequence[Validation]) -> Figure:
+    points = [(validation.iteration, validation.value) for validation in validations]
+    errors = [min(validation.standard_error, 1e9) for validation in validations]
+    metric = validations[-1].metric
+    return Figure(
+        f"held-out {metric}",
+        f"{MEANING[metric]}; ± one standard error over documents",
+        line_chart([Line(metric, points, errors)], markers=True),
+    )
+
+
+MEANING = {
+    "reverse_kl": "KL(π_θ ‖ π_T) over token classes on held-out documents, nats per token",
+    "k2": "½ (log π_θ − log π_T)² of the sampled token on held-out documents",
+    "kl_estimate": "KL(π_θ ‖ π_T) over the vocabulary, estimated on held-out documents, nats per token",
+    "loss": "−log π_θ of the sampled token on held-out documents, nats",
+}
 
 
 def position_figures(metrics: Metrics) -> list[Figure]:

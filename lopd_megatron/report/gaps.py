@@ -72,7 +72,7 @@ class GapSample:
     rollouts: list[Rollout]
 
     @property
-    def reverse_kl(self) -> float:
+    def sampled_kl(self) -> float:
         """Mean of log π_rollout − log π_T: an estimate of KL(rollout policy ‖ teacher), nats per token."""
         return -float(self.gaps.mean(dtype=np.float64))
 

@@ -13,10 +13,16 @@ from markupsafe import Markup
 
 from lopd_megatron.config import RunConfig
 from lopd_megatron.report.cost import PAPER_8B, STAGES, paper_shares, shares, stage_costs
-from lopd_megatron.report.curves import position_figures, staleness_figures, training_figures
+from lopd_megatron.report.curves import (
+    held_out_figures,
+    position_figures,
+    staleness_figures,
+    training_figures,
+)
 from lopd_megatron.report.gaps import GapSample, open_tokenizer, read_gaps
+from lopd_megatron.report.headline import headlines
 from lopd_megatron.report.lineage_diagram import lineage_picture, rules
-from lopd_megatron.report.run_folder import RunFolder, read_evaluations, rescored_run
+from lopd_megatron.report.run_folder import RunFolder, fresh_scores, read_evaluations
 from lopd_megatron.report.svg import error_bars, histogram, number, stacked_bars
 from lopd_megatron.report.warnings import findings
 
@@ -39,6 +45,8 @@ def render(run: RunFolder, *, documents: int = 4) -> str:
     return environment.get_template("page.html").render(
         run=run,
         facts=_facts(run),
+        headlines=headlines(run),
+        held_out=held_out_figures(run.validations),
         findings=findings(run),
         picture=lineage_picture(run),
         rules=rules(run),
@@ -66,10 +74,8 @@ def _facts(run: RunFolder) -> list[tuple[str, str]]:
     if run.metrics:
         facts.append(("iterations", f"{run.metrics[-1]['iteration']:,}"))
         first, last = run.metrics[0], run.metrics[-1]
-        if "reverse_kl" in last:
-            facts.append(("reverse KL", f"{number(first['reverse_kl'])} → {number(last['reverse_kl'])}"))
-        else:
-            facts.append(("loss", f"{number(first['loss'])} → {number(last['loss'])}"))
+        name = next(name for name in ("reverse_kl", "k2", "loss") if name in last)
+        facts.append((f"{name}, trained on", f"{number(first[name])} → {number(last[name])}"))
     for summary in run.evaluations[:1]:
         value, error = 100 * summary["accuracy"], 100 * summary["standard_error"]
         facts.append(("accuracy", f"{value:.1f} ± {error:.1f} %"))
@@ -85,19 +91,19 @@ def _length_chart(manifest: Any) -> Markup:
 
 
 def _samples(run: RunFolder, documents: int) -> list[dict[str, Any]]:
-    """Scored rollouts before training, and after it where another run has re-scored this run's student."""
+    """Scored rollouts before training, and after it where the trained student wrote new ones."""
     found = []
-    for label, source in (("before", run), ("after", rescored_run(run))):
-        if source is None or source.scored is None:
+    before = (run.folder, run.scored) if run.scored else None
+    for label, source in (("before", before), ("after", fresh_scores(run))):
+        if source is None:
             continue
-        origin = source.scored.lineage.tokenizer
+        folder, scores = source
+        origin = scores.lineage.tokenizer
         sample: GapSample = read_gaps(
-            source.scored,
-            open_tokenizer([origin["origin"] if origin else "", str(source.folder / "hf")]),
-            documents,
+            scores, open_tokenizer([origin["origin"] if origin else "", str(run.folder / "hf")]), documents
         )
         chart = histogram(GAP_EDGES.tolist(), sample.histogram(GAP_EDGES), "gap, nats")
-        found.append({"label": label, "folder": source.folder, "sample": sample, "chart": chart})
+        found.append({"label": label, "folder": folder, "sample": sample, "chart": chart})
     return found
 
 

@@ -11,6 +11,7 @@ from lopd_megatron.config import Paths, RunConfig
 from lopd_megatron.data.manifest import Manifest, manifest_path, read_manifest
 from lopd_megatron.errors import UserError
 from lopd_megatron.lineage import LINEAGE_FILE, Lineage, read_model_lineage
+from lopd_megatron.train.held_out import Validation, read_validations
 from lopd_megatron.train.metrics import read_metrics
 
 
@@ -57,6 +58,13 @@ class RunFolder:
     metrics: list[dict[str, Any]]
     weights: Lineage | None
     """Of the exported Hugging Face folder."""
+    validations: list[Validation]
+    warnings: list[dict[str, Any]]
+    """What training warned of: `iteration`, `key`, `text`."""
+    measurements: dict[str, dict[str, Any]]
+    """By name, `before` and `after` among them: what `measure` found on fresh responses."""
+    checkpoints: list[int]
+    """Iterations that can be exported."""
     evaluations: list[dict[str, Any]]
     stage_seconds: dict[str, float]
     """Wall time by stage, where the program that ran the chain has measured it (`seconds.json`)."""
@@ -75,7 +83,7 @@ class RunFolder:
 
     @property
     def is_sft(self) -> bool:
-        return self.config is not None and self.config.loss.objective == "sft"
+        return self.config is not None and not self.config.needs_teacher
 
 
 def read_run(folder: Path) -> RunFolder:
@@ -94,8 +102,12 @@ def read_run(folder: Path) -> RunFolder:
         rollouts=_shards(paths.rollouts),
         scored=_shards(paths.scores),
         datasets=[read_manifest(prefix) for prefix in prefixes if manifest_path(prefix).is_file()],
-        metrics=read_metrics(paths.metrics),
+        metrics=[_with_true_names(line) for line in read_metrics(paths.metrics)],
         weights=read_model_lineage(paths.hf) if (paths.hf / LINEAGE_FILE).is_file() else None,
+        validations=read_validations(paths.validation),
+        warnings=read_metrics(paths.warnings),
+        measurements={found["name"]: found for found in read_evaluations(paths.measure)},
+        checkpoints=sorted(int(path.name[5:]) for path in paths.checkpoints.glob("iter_*")),
         evaluations=read_evaluations(paths.evaluation),
         stage_seconds=_stage_seconds(folder, config.name if config else folder.name),
     )
@@ -110,14 +122,28 @@ def read_evaluations(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
 
 
-def rescored_run(run: RunFolder) -> RunFolder | None:
-    """The sibling run that let this run's student write new rollouts and had the teacher score them."""
+def _with_true_names(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of a version that called the mean log-ratio `reverse_kl`, by today's names."""
+    if "opd_reverse_kl" not in line:
+        return line
+    names = {"reverse_kl": "log_ratio_mean", "valid_reverse_kl": "valid_log_ratio_mean"}
+    return {names.get(name, name): value for name, value in line.items() if "opd_reverse_kl" not in name}
+
+
+def fresh_scores(run: RunFolder) -> tuple[Path, ShardFolder] | None:
+    """Scored new responses of this run's student: those of `measure`, else of a run beside this one."""
+    measured = run.measurements.get("after")
+    if measured:
+        folder = Paths(run.folder).measure / f"after-{measured['key']}"
+        scores = _shards(folder / "scores")
+        if scores:
+            return folder, scores
     student = (run.folder / "hf").resolve()
     for folder in sorted(run.folder.parent.iterdir()):
         found = _shards(folder / "scores") if folder != run.folder else None
         made_by = found.lineage.generator if found else None
-        if made_by and Path(made_by["origin"]).resolve() == student:
-            return read_run(folder)
+        if found and made_by and Path(made_by["origin"]).resolve() == student:
+            return folder, found
     return None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from lopd_megatron.config import EngineConfig, RunConfig
@@ -17,28 +16,9 @@ from lopd_megatron.progress import say
 from lopd_megatron.rollouts import shard_files
 from lopd_megatron.rollouts.rollout_stage import RolloutJob, stop_token_ids
 from lopd_megatron.rollouts.score_stage import ScoreJob
+from lopd_megatron.rollouts.share import Share, generator_model
+from lopd_megatron.rollouts.stop_tokens import check_stop_tokens
 from lopd_megatron.rollouts.worker import ShardJob, Worker
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which part of a sharded stage one process does, and how many failed documents it accepts."""
-
-    index: int = 0
-    count: int = 1
-    max_failed: int = 0
-
-    @classmethod
-    def parse(cls, text: str, max_failed: int = 0) -> Share:
-        """`2/8` → the third of eight workers."""
-        first, slash, second = text.partition("/")
-        if not (slash and first.isdigit() and second.isdigit() and int(first) < int(second)):
-            raise UserError(f"--worker {text!r} is not I/N with 0 ≤ I < N, as in 0/8")
-        return cls(int(first), int(second), max_failed)
-
-
-def generator_model(config: RunConfig) -> str:
-    return config.model.teacher if config.rollouts.generator == "teacher" else config.model.student
 
 
 def run_rollouts(config: RunConfig, share: Share) -> int:
@@ -57,6 +37,8 @@ def run_rollouts(config: RunConfig, share: Share) -> int:
         "stop_token_ids": list(stop),
     }
     if model == config.model.student:
+        if (Path(config.model.teacher) / "config.json").is_file():
+            check_stop_tokens(stop, config.model.teacher, config.lineage.allow_mismatch)
         lineage.sft_teacher = read_model_lineage(model).sft_teacher
     lineage.parents = [shard_files.content_hash(prompts)]
     job = RolloutJob(sampling, rollouts.num_samples_per_prompt, rollouts.seed, lineage)
@@ -73,12 +55,20 @@ def run_rollouts(config: RunConfig, share: Share) -> int:
 
 def run_scoring(config: RunConfig, share: Share) -> int:
     """Rollout shards → scored shards. Returns the exit code."""
-    scores, model, paths = config.scores, config.model.teacher, config.paths
+    return score_with(config, config.model.teacher, config.paths.scores, share)
+
+
+def score_with(config: RunConfig, model: str, folder: Path, share: Share) -> int:
+    """Let `model` score the rollouts of a run into `folder`. Returns the exit code."""
+    scores, paths = config.scores, config.paths
     _refuse_missing(model, "model.teacher")
     rollouts = shard_files.complete_manifests(paths.rollouts, "rollouts")
     longest = max(manifest["longest"] for manifest in rollouts)
     _refuse_too_long(longest, "the longest rollout", "scores", scores.engine)
     lineage = _checked(config, shard_files.lineage_of(paths.rollouts, rollouts))
+    if model == config.model.teacher and lineage.generator != model_fingerprint(model):
+        ids = lineage.sampling.get("stop_token_ids", ())
+        check_stop_tokens(ids, model, config.lineage.allow_mismatch)
     lineage.teacher = model_fingerprint(model)
     lineage.scoring = {"topk": scores.topk}
     lineage.parents = [shard_files.content_hash(rollouts)]
@@ -97,7 +87,7 @@ def run_scoring(config: RunConfig, share: Share) -> int:
         say(f"scoring path: {job.path}")
         return engine
 
-    return _run(job, paths.rollouts, paths.scores, len(rollouts), scores.engine, open_engine, share)
+    return _run(job, paths.rollouts, folder, len(rollouts), scores.engine, open_engine, share)
 
 
 def _run(
@@ -128,7 +118,7 @@ def _checked(config: RunConfig, data: Lineage) -> Lineage:
         student=config.model.student or None,
         teacher=config.model.teacher or None,
         data=data,
-        objective=config.loss.objective,
+        needs_teacher=config.needs_teacher,
         allow_mismatch=config.lineage.allow_mismatch,
     )
     return data.model_copy(update={"allow_mismatch": reason}, deep=True)

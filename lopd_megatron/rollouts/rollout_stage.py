@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from lopd_megatron.hf_folder import read_config
 from lopd_megatron.inference.requests import (
     Engine,
     Failure,
@@ -23,7 +24,6 @@ from lopd_megatron.inference.requests import (
     Sampling,
     document_seed,
 )
-from lopd_megatron.inference.sizes import read_config
 from lopd_megatron.lineage import Lineage
 from lopd_megatron.records import PROMPT_SCHEMA, ROLLOUT_SCHEMA
 from lopd_megatron.rollouts.shard_files import Kind

@@ -22,11 +22,6 @@ from lopd_megatron.lineage import Lineage, parse_lineage
 from lopd_megatron.records import SCHEMA_VERSION
 
 Kind = Literal["prompts", "rollouts", "scores"]
-PROGRAMS = {
-    "prompts": "prepare_prompts.py",
-    "rollouts": "generate_rollouts.py",
-    "scores": "score_rollouts.py",
-}
 
 _MAKE_AGAIN = "delete its .json and .parquet and run the stage again"
 _FIELDS = {
@@ -95,13 +90,13 @@ def complete_manifests(folder: Path, kind: Kind) -> list[dict[str, Any]]:
     if len(found) < num_shards:
         raise UserError(
             f"{folder} has {len(found)} of {num_shards} shards of {kind}; "
-            f"run tools/{PROGRAMS[kind]} until it ends with exit code 0"
+            f"run lopd {kind} until it ends with exit code 0"
         )
     for manifest in found:
         if manifest["kind"] != kind or manifest["schema_version"] != SCHEMA_VERSION:
             raise UserError(
                 f"{folder} holds {manifest['kind']} of schema version {manifest['schema_version']}, "
-                f"not {kind} of version {SCHEMA_VERSION}; give the folder that tools/{PROGRAMS[kind]} wrote"
+                f"not {kind} of version {SCHEMA_VERSION}; give the folder that lopd {kind} wrote"
             )
     _refuse_repeated_documents(folder, num_shards, "prompt_id" if kind == "prompts" else "document_id")
     return found

@@ -187,6 +187,7 @@ class Worker:
         """One line per committed shard; a file per worker, because appends of several hosts can mix."""
         line = {
             "time": round(time.time(), 3),
+            "seconds": round(time.monotonic() - self._started, 3),
             "shard": index,
             "rows": manifest["rows"],
             "failed": manifest["failed"],

@@ -6,9 +6,9 @@ import json
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from lopd_megatron.files import atomic_path, write_json
+from lopd_megatron.study.plots import plots, summary_plot
 from lopd_megatron.study.statistics import (
     Claim,
     Interval,
@@ -71,6 +71,7 @@ def write_report(
         if known:
             parts += [f"## {heading}", quality_table(results, known), cost_table(results, known)]
     parts += plots(folder, results, groups)
+    summary_plot(folder / "summary.png", results)
     parts += ["## EffOPD: what was accepted", effopd_table(results), *not_run(results, groups)]
     with atomic_path(path) as temporary:
         temporary.write_text("\n\n".join(part for part in parts if part) + "\n")
@@ -156,43 +157,6 @@ def not_run(results: Results, groups: Mapping[str, Sequence[str]]) -> list[str]:
     if fewer:
         text.append(f"With fewer than {most} seeds: " + ", ".join(fewer) + ".")
     return ["## What was not run", *(text or ["Everything planned was run."])]
-
-
-def plots(folder: Path, results: Results, groups: Mapping[str, Sequence[str]]) -> list[str]:
-    """Accuracy over iterations and over seconds, one pair of panels per group."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    parts = ["## Curves", "Greedy accuracy on validation problems, mean over seeds."]
-    for heading, cells in groups.items():
-        shown = [cell for cell in cells if any(r["curve"] for r in results.get(cell, {}).values())]
-        if not shown:
-            continue
-        figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True)
-        for cell in shown:
-            for axis, what in zip(axes, ("iteration", "seconds"), strict=True):
-                axis.plot(*_mean_curve(list(results[cell].values()), what), marker=".", label=cell)
-        for axis, label in zip(axes, ("iterations", "seconds, rollouts and scores included"), strict=True):
-            axis.set_xlabel(label)
-            axis.grid(alpha=0.3)
-        axes[0].set_ylabel("accuracy")
-        axes[0].legend(fontsize=7)
-        figure.tight_layout()
-        name = f"{heading.split(':')[0].lower().replace(' ', '_')}.png"
-        figure.savefig(folder / name, dpi=110, metadata={"Software": None})
-        pyplot.close(figure)
-        parts.append(f"![{heading}]({folder.name}/{name})")
-    return parts
-
-
-def _mean_curve(by_seed: list[dict[str, Any]], what: str) -> tuple[list[float], list[float]]:
-    """Means at the iterations that all seeds have."""
-    curves = [{p["iteration"]: p for p in result["curve"]} for result in by_seed if result["curve"]]
-    common = sorted(set.intersection(*(set(curve) for curve in curves)))
-    x = [sum(curve[i][what] for curve in curves) / len(curves) for i in common]
-    return x, [sum(curve[i]["value"] for curve in curves) / len(curves) for i in common]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -27,8 +27,9 @@ def main() -> int:
     prepare_megatron()
     with quick_imports():
         from lopd_megatron.effopd.trainer_scores import effopd_hooks
+        from lopd_megatron.train.hooks import own_hooks
         from lopd_megatron.train.loop import run
-    hooks = effopd_hooks(config, sys.argv[1:])
+    hooks = [*own_hooks(config), *effopd_hooks(config, sys.argv[1:])]
     if not config.online.enabled:
         return run(config, hooks=hooks)
     from lopd_megatron.online.inputs import check_online_inputs, online_rollouts

@@ -17,7 +17,6 @@ from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
-    get_default_save_sharded_strategy,
 )
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
@@ -26,6 +25,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 
 from lopd_megatron.errors import UserError
+from lopd_megatron.parallel.versions import save_options, save_strategy, with_own_learning_rates
 from lopd_megatron.progress import say
 from lopd_megatron.train.state import Hook, Trainer
 
@@ -53,7 +53,7 @@ def write(trainer: Trainer, folder: Path, description: dict[str, Any], *, async_
     """Save into an empty folder. Returns Megatron's AsyncRequest to schedule when `async_save`, else None."""
     _prepare_results_queue()
     parameters_are_current(trainer)
-    strategy = get_default_save_sharded_strategy("torch_dist", 1)
+    strategy = save_strategy()
     if trainer.topology.dp_cp_group.size() > 1:  # every replica writes a part instead of the first one all
         strategy = FullyParallelSaveStrategyWrapper(strategy, trainer.topology.dp_cp_group)
     state = _sharded_state(trainer, description["layout"], is_loading=False)
@@ -61,7 +61,12 @@ def write(trainer: Trainer, folder: Path, description: dict[str, Any], *, async_
     state |= {"config": trainer.config.model_dump(mode="json"), "description": description}
     state |= {name: description[name] for name in ("iteration", "consumed_train_samples")}
     return dist_checkpointing.save(
-        state, str(folder), strategy, async_sharded_save=async_save, content_metadata=dict(CONTENT)
+        state,
+        str(folder),
+        strategy,
+        async_sharded_save=async_save,
+        content_metadata=dict(CONTENT),
+        **save_options(),
     )
 
 
@@ -85,7 +90,8 @@ def read(trainer: Trainer, folder: Path, description: dict[str, Any]) -> None:
     for name, chunk in _chunks(trainer):
         chunk.load_state_dict(state[name], strict=True)
     if has_optimizer:
-        trainer.optimizer.load_state_dict(state["optimizer"])
+        groups = trainer.optimizer.param_groups
+        trainer.optimizer.load_state_dict(with_own_learning_rates(state["optimizer"], groups))
         _apply_settings(trainer)
         trainer.scheduler.load_state_dict(state["scheduler"])
     else:

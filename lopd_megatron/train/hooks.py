@@ -5,12 +5,21 @@ from __future__ import annotations
 import signal
 import time
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from lopd_megatron import plugins
+from lopd_megatron.config import RunConfig
 from lopd_megatron.progress import say
 from lopd_megatron.train.state import Hook, StepResult, Trainer
+
+
+def own_hooks(config: RunConfig) -> list[Hook]:
+    """The hooks that `train.hooks` names, each made with the configuration of the run."""
+    classes: list[Any] = [plugins.load_class(name, Hook, "train.hooks") for name in config.train.hooks]
+    return [own(config) for own in classes]
 
 
 class StopHook(Hook):

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lopd_megatron.config import RunConfig
+from lopd_megatron.data.held_out import held_out_prefixes
 from lopd_megatron.data.manifest import Manifest, read_manifest
 from lopd_megatron.data.store import open_dataset
 from lopd_megatron.fingerprints import Fingerprint, model_fingerprint, tokenizer_fingerprint
@@ -33,7 +34,7 @@ def check_inputs(config: RunConfig) -> Inputs:
     Every byte of the datasets is hashed, 13 a token: a flipped bit would train on. The first time it reads
     every byte of the student too; those hashes are cached.
     """
-    for prefix in (*config.dataset_prefixes, *config.data.valid_prefixes):
+    for prefix in (*config.dataset_prefixes, *held_out_prefixes(config)):
         open_dataset([prefix]).verify()
     manifests = [read_manifest(prefix) for prefix in config.dataset_prefixes]
     reasons = []
@@ -43,7 +44,7 @@ def check_inputs(config: RunConfig) -> Inputs:
             teacher=config.model.teacher or None,
             data=manifest.lineage,
             data_origin=prefix,
-            objective=config.loss.objective,
+            needs_teacher=config.needs_teacher,
             allow_mismatch=config.lineage.allow_mismatch,
         )
         reasons += [reason] if reason and reason not in reasons else []
@@ -56,7 +57,7 @@ def trained_lineage(config: RunConfig, manifests: list[Manifest], start: Fingerp
     """What is to be known of the trained weights: SFT names its teacher, distillation keeps that name."""
     data = manifests[0].lineage
     parent = read_model_lineage(config.model.student)
-    is_sft = config.loss.objective == "sft"
+    is_sft = not config.needs_teacher
     return Lineage(
         teacher=None if is_sft else data.teacher,
         sft_teacher=data.generator if is_sft else parent.sft_teacher,

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from lopd_megatron.config import RunConfig
-from lopd_megatron.loss import finalize_report
+from lopd_megatron.loss import finalize_metrics
 from lopd_megatron.progress import say
 from lopd_megatron.train.metrics import Writer, open_writers
 from lopd_megatron.train.peak_flops import device_peak_flops
@@ -17,6 +17,12 @@ from lopd_megatron.train.state import Hook, StepResult, Trainer
 _LINE = (
     ("loss", "loss {:.5f}"),
     ("reverse_kl", "reverse_kl {:.4f}"),
+    ("k2", "k2 {:.4g}"),
+    ("log_ratio_mean", "log_ratio_mean {:.4f}"),
+    ("valid_reverse_kl", "held-out reverse_kl {:.4f}"),
+    ("valid_kl_estimate", "held-out kl_estimate {:.4f}"),
+    ("valid_k2", "held-out k2 {:.4g}"),
+    ("valid_loss", "held-out loss {:.4f}"),
     ("grad_norm", "grad_norm {:.3f}"),
     ("lr", "lr {:.2e}"),
     ("iteration_time_ms", "{:.0f} ms"),
@@ -27,7 +33,7 @@ _LINE = (
 
 
 class LogHook(Hook):
-    """Pools reports over `log_interval` iterations: sums of numerators and denominators, divided once."""
+    """Pools metrics over `log_interval` iterations: sums of numerators and denominators, divided once."""
 
     def __init__(self, config: RunConfig) -> None:
         self.interval = config.train.log_interval
@@ -53,6 +59,8 @@ class LogHook(Hook):
         for writer in self.writers:
             writer.write(trainer.iteration, metrics)
         if trainer.topology.rank == 0:
+            if "valid_k2" in metrics:  # only the gradient of such a loss means something
+                metrics.pop("valid_loss")
             shown = "  ".join(form.format(metrics[name]) for name, form in _LINE if name in metrics)
             say(f"iteration {trainer.iteration}/{trainer.config.train.train_iters}  {shown}")
 
@@ -64,14 +72,14 @@ class LogHook(Hook):
         """Every rank's part is pooled by two small all-reduces."""
         pooled: dict[str, torch.Tensor] = {}
         for result in self.results:
-            for name, pair in result.report.items():  # a hook may add pairs to some steps only
+            for name, pair in result.metric_sums.items():  # a hook may add pairs to some steps only
                 pooled[name] = pooled.get(name, torch.zeros_like(pair)) + pair
         seconds = sum(result.seconds for result in self.results)
         tokens = sum(result.num_tokens for result in self.results)
         world_size = trainer.topology.world_size
         memory = torch.tensor([peak_memory_bytes()], dtype=torch.float64, device=trainer.topology.device)
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
-        metrics = finalize_report(pooled)
+        metrics = finalize_metrics(pooled)
         metrics |= {
             "consumed_train_samples": trainer.consumed_train_samples,
             "grad_norm": self.results[-1].grad_norm,

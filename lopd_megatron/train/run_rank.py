@@ -53,5 +53,5 @@ def out_of_memory_message(rank: int, error: BaseException) -> str:
     return (
         f"error on rank {rank}: out of memory: {str(error).splitlines()[0]} Lower data.seq_length or "
         "train.micro_batch_size, set train.recompute_granularity=full, or raise a parallel size "
-        "(tools/plan_layout.py predicts memory)"
+        "(lopd plan predicts memory)"
     )

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lopd_megatron.config import RunConfig
+from lopd_megatron.config.objectives import objective_spec
 from lopd_megatron.data.loader import StepLoader
 from lopd_megatron.data.store import Dataset, open_dataset
 from lopd_megatron.errors import UserError
-from lopd_megatron.loss import Loss, build_loss
+from lopd_megatron.loss import Loss
 from lopd_megatron.model.flops import forward_flops
 from lopd_megatron.parallel import topology as grid
 from lopd_megatron.parallel.vocab import VocabRange
@@ -64,7 +65,7 @@ def build_trainer(
         optimizer=optimizer,
         scheduler=scheduler,
         batches=batches or build_loader(config, spec, topology),
-        loss=build_head_loss(config, spec, topology),
+        loss=loss_of_run(config, spec, topology),
         checkpoints=Checkpoints(config, topology),
         hooks=list(hooks),
     )
@@ -74,9 +75,17 @@ def build_trainer(
 
 
 def build_loader(
-    config: RunConfig, spec: StudentSpec, topology: Topology, dataset: Dataset | None = None
+    config: RunConfig,
+    spec: StudentSpec,
+    topology: Topology,
+    dataset: Dataset | None = None,
+    *,
+    measured: bool = False,
 ) -> StepLoader:
-    """The dataset of this run (or another one), read step by step as this rank needs it."""
+    """The dataset of this run (or another one), read step by step as this rank needs it.
+
+    `measured`: also the columns that no loss needs and metrics are made of.
+    """
     dataset = dataset or open_dataset(config.dataset_prefixes)
     parallel = config.parallel
     return StepLoader(
@@ -92,24 +101,26 @@ def build_loader(
         # The interleaved schedule walks over groups of PP micro-batches.
         num_microbatches_multiple_of=topology.pp_size if topology.virtual_size > 1 else 1,
         pad_to_multiple_of=topology.tp_size if parallel.sequence_parallel else 1,
-        columns=needed_columns(config, topology, dataset.columns),
+        columns=needed_columns(config, topology, dataset.columns, measured),
         flop_crossover=crossover_length(spec),
         prefetch=topology.device.type == "cuda",
     )
 
 
-def needed_columns(config: RunConfig, topology: Topology, present: frozenset[str]) -> frozenset[str]:
+def needed_columns(
+    config: RunConfig, topology: Topology, present: frozenset[str], measured: bool = False
+) -> frozenset[str]:
     """What this pipeline stage reads: tokens on the first, what the objective compares on the last."""
     needed = {"tokens"} if topology.is_first_stage else set()
     if topology.is_last_stage:
         needed |= {"labels", "loss_mask", "position_ids", "sequence_index"}
-        if config.loss.objective != "sft":
+        needed |= objective_spec(config.loss.objective).needed_columns
+        # Only reported: how far the student has moved from the one that wrote the rollouts.
+        needed |= {"rollout_logprobs"} & present
+        if config.needs_teacher:
             needed.add("teacher_logprobs")
-        if config.loss.objective.startswith("topk_"):
-            needed |= {"teacher_topk_ids", "teacher_topk_logprobs"}
-        # Otherwise only reported: how far the student has moved from the one that wrote the rollouts.
-        if config.loss.objective == "opd_importance" or "rollout_logprobs" in present:
-            needed.add("rollout_logprobs")
+        if measured and config.needs_teacher:
+            needed |= {"teacher_topk_ids", "teacher_topk_logprobs"} & present
     return frozenset(needed)
 
 
@@ -120,10 +131,10 @@ def crossover_length(spec: StudentSpec) -> float:
     return 2 * (one - per_pair) / per_pair + 1
 
 
-def build_head_loss(config: RunConfig, spec: StudentSpec, topology: Topology) -> Loss:
+def loss_of_run(config: RunConfig, spec: StudentSpec, topology: Topology) -> Loss:
     """The objective over this rank's part of the vocabulary."""
     vocab = VocabRange.of(spec.vocab_size, spec.padded_vocab_size, topology.tp_group)
-    return build_loss(
+    return Loss(
         config.loss,
         vocab=vocab,
         sequence_parallel=config.parallel.sequence_parallel,
@@ -249,16 +260,23 @@ def _set_environment(config: RunConfig) -> None:
 
 def standard_hooks(config: RunConfig) -> list[Hook]:
     """In the order in which they act after a step: what ends the run, what is measured, what is kept."""
+    from lopd_megatron.data.held_out import held_out_prefixes
     from lopd_megatron.train.hooks import SaveHook, StopHook
     from lopd_megatron.train.log import LogHook
     from lopd_megatron.train.profile import ProfileHook
     from lopd_megatron.train.staleness import StalenessHook
     from lopd_megatron.train.validate import ValidateHook
+    from lopd_megatron.train.warning_log import WarningLog
+    from lopd_megatron.train.watch import WatchHook
 
-    trains_on_stored_rollouts = config.loss.objective != "sft" and not config.online.enabled
+    warnings = WarningLog(config.paths.warnings)
+    validates = config.train.eval_interval > 0 and bool(held_out_prefixes(config))
+    trains_on_stored_rollouts = config.needs_teacher and not config.online.enabled
     hooks: list[Hook] = [
-        *([ValidateHook(config)] if config.train.eval_interval else []),
-        *([StalenessHook(config.staleness)] if trains_on_stored_rollouts else []),
+        warnings,
+        WatchHook(warnings),
+        *([ValidateHook(config, warnings)] if validates else []),
+        *([StalenessHook(config.staleness, warnings)] if trains_on_stored_rollouts else []),
         LogHook(config),
         SaveHook(),
         *([ProfileHook(config)] if config.train.profile_iters else []),

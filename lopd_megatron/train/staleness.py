@@ -16,43 +16,42 @@ from collections import deque
 import torch
 
 from lopd_megatron.config import StalenessConfig
-from lopd_megatron.progress import say
 from lopd_megatron.train.state import Hook, StepResult, Trainer
+from lopd_megatron.train.warning_log import WarningLog
 
 
 class StalenessHook(Hook):
-    """Adds `refresh_advised` (0 or 1) to the report and says once why; training goes on.
+    """Adds `refresh_advised` (0 or 1) to the metrics and warns once why; training goes on.
 
     The first two signs are pooled over the last `window` steps. The held-out one is the rise of `valid_k2`
-    over its smallest value, where the run validates. No collective: the report is the same on every rank.
+    over its smallest value, where the run validates. No collective: the sums are the same on every rank.
     Place it behind the hook that validates and before the one that logs.
     """
 
-    def __init__(self, config: StalenessConfig) -> None:
+    def __init__(self, config: StalenessConfig, warnings: WarningLog) -> None:
         self.config = config
+        self.warnings = warnings
         self._sums: deque[torch.Tensor] = deque(maxlen=config.window)
         self._best_held_out = float("inf")
-        self._told = False
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        report = result.report
-        if "drift_kl" not in report:
+        sums = result.metric_sums
+        if "drift_kl" not in sums:
             return  # no rollout log-probs in this dataset
         self._sums.append(
-            torch.stack(
-                [report["importance_ratio"][0], report["importance_ratio_squared"][0], *report["drift_kl"]]
-            )
+            torch.stack([sums["importance_ratio"][0], sums["importance_ratio_squared"][0], *sums["drift_kl"]])
         )
-        reason = self._reason(report)
-        report["refresh_advised"] = torch.tensor([float(bool(reason)), 1.0], dtype=torch.float64)
-        if reason and not self._told and trainer.topology.rank == 0:
-            say(
-                f"iteration {trainer.iteration}: the rollouts are stale, {reason}; sample new ones from the "
-                "exported student (launch.refresh), or go on and watch the held-out score"
+        reason = self._reason(sums)
+        sums["refresh_advised"] = torch.tensor([float(bool(reason)), 1.0], dtype=torch.float64)
+        if reason:
+            self.warnings.tell(
+                trainer,
+                "stale",
+                f"the rollouts are stale, {reason}; sample new ones from the exported student "
+                "(launch.refresh), or go on and watch the held-out value",
             )
-        self._told = self._told or bool(reason)
 
-    def _reason(self, report: dict[str, torch.Tensor]) -> str:
+    def _reason(self, sums: dict[str, torch.Tensor]) -> str:
         ratio, squared, drift, count = torch.stack(list(self._sums)).sum(0).tolist()
         limits = self.config
         if len(self._sums) == limits.window:
@@ -66,12 +65,12 @@ class StalenessHook(Hook):
                 return (
                     f"drift_kl {drift / count:.3f} nats is over staleness.max_drift_kl={limits.max_drift_kl}"
                 )
-        return self._held_out(report)
+        return self._held_out(sums)
 
-    def _held_out(self, report: dict[str, torch.Tensor]) -> str:
-        if "valid_k2" not in report:
+    def _held_out(self, sums: dict[str, torch.Tensor]) -> str:
+        if "valid_k2" not in sums:
             return ""
-        total, count = report["valid_k2"].tolist()
+        total, count = sums["valid_k2"].tolist()
         value = total / count
         self._best_held_out = min(self._best_held_out, value)
         if value <= (1 + self.config.max_held_out_rise) * self._best_held_out:

@@ -31,6 +31,8 @@ class BatchSource(Protocol):
 class Hook:
     """Optional behaviour around the loop. The loop calls hooks, in order; hooks never call the loop.
 
+    `train.hooks` names your own classes, which are made with the `RunConfig` of the run.
+
     Methods are called on every rank, so they may use collectives; each does nothing unless overridden.
     """
 
@@ -65,7 +67,7 @@ class Hook:
 class StepResult:
     """One optimizer step, the same on every rank."""
 
-    report: dict[str, torch.Tensor]  # name → float64 [2]: numerator, denominator over the whole batch
+    metric_sums: dict[str, torch.Tensor]  # name → float64 [2]: numerator, denominator over the whole batch
     num_tokens: int  # prompt and response tokens of the whole batch, without padding
     grad_norm: float  # before clipping
     learning_rate: float  # that this step used

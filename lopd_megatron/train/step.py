@@ -34,8 +34,8 @@ def train_step(trainer: Trainer, batch: StepBatch) -> StepResult:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     outputs = run_microbatches(trainer, batch, forward_only=False)
-    report = pool_reports([output.report for output in outputs], trainer)
-    check_finite(trainer, report)
+    metric_sums = pool_metric_sums([output.metric_sums for output in outputs], trainer)
+    check_finite(trainer, metric_sums)
     learning_rate = current_learning_rate(trainer.optimizer)
     _, grad_norm, _ = trainer.optimizer.step()
     if not math.isfinite(grad_norm):
@@ -45,7 +45,7 @@ def train_step(trainer: Trainer, batch: StepBatch) -> StepResult:
         )
     trainer.scheduler.step(increment=trainer.config.train.global_batch_size)
     return StepResult(
-        report=report,
+        metric_sums=metric_sums,
         num_tokens=batch.num_total_tokens,
         grad_norm=grad_norm,
         learning_rate=learning_rate,
@@ -110,7 +110,7 @@ def head_weight(chunk: Any) -> torch.Tensor:
     return weight
 
 
-def pool_reports(reports: list[dict[str, torch.Tensor]], trainer: Trainer) -> dict[str, torch.Tensor]:
+def pool_metric_sums(parts: list[dict[str, torch.Tensor]], trainer: Trainer) -> dict[str, torch.Tensor]:
     """Sum [numerator, denominator] pairs over micro-batches, data and context parallel ranks.
 
     One all-reduce on the last stage, then one broadcast down the pipeline, so every rank has the sums.
@@ -118,8 +118,8 @@ def pool_reports(reports: list[dict[str, torch.Tensor]], trainer: Trainer) -> di
     topology = trainer.topology
     pooled: dict[str, torch.Tensor] = {}
     if topology.is_last_stage:
-        names = list(reports[0])
-        sums = torch.stack([torch.stack([report[name] for name in names]) for report in reports]).sum(0)
+        names = list(parts[0])
+        sums = torch.stack([torch.stack([part[name] for name in names]) for part in parts]).sum(0)
         dist.all_reduce(sums, group=topology.dp_cp_group)
         pooled = dict(zip(names, sums.cpu(), strict=True))
     if topology.pp_size > 1:
@@ -129,20 +129,20 @@ def pool_reports(reports: list[dict[str, torch.Tensor]], trainer: Trainer) -> di
     return pooled
 
 
-def check_finite(trainer: Trainer, report: dict[str, torch.Tensor]) -> None:
+def check_finite(trainer: Trainer, metric_sums: dict[str, torch.Tensor]) -> None:
     """A UserError on every rank that names the document, if the loss of any token was not finite.
 
-    Decided from the pooled report, which all ranks have; only then one gather of who saw it.
+    Decided from the pooled sums, which all ranks have; only then one gather of who saw it.
     """
     try:
-        trainer.loss.finite.raise_if_any(report)
+        trainer.loss.finite.raise_if_any(metric_sums)
     except NonFiniteLoss as error:
         messages = [""] * trainer.topology.world_size
         dist.all_gather_object(messages, str(error))
         first = next((message for message in messages if "document" in message), messages[0])
         raise UserError(
             f"iteration {trainer.iteration + 1}: {first}; the last checkpoint is good; look at the document "
-            "with tools/inspect_dataset.py, or lower optimizer.lr"
+            "with lopd inspect, or lower optimizer.lr"
         ) from None
 
 

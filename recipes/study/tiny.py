@@ -17,7 +17,8 @@ from typing import Any
 from lopd_megatron.config import RunConfig
 from lopd_megatron.refresh import refresh_rounds
 from lopd_megatron.study.cells import Cell, Data, Part
-from recipes import tiny
+
+from .. import tiny
 
 STUDY = "runs/study"
 TOPK = (1, 2, 4, 8, 16, 26)
@@ -284,7 +285,7 @@ def _clip(value: float | None) -> Callable[[RunConfig], None]:
 
 def _topk(k: int, objective: str = "topk_reverse_kl") -> Callable[[RunConfig], None]:
     def change(config: RunConfig) -> None:
-        config.loss.objective = objective  # type: ignore[assignment]
+        config.loss.objective = objective
         config.loss.topk = k
 
     return change

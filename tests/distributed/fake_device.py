@@ -147,10 +147,10 @@ def step(overrides: list[str]) -> dict[str, int]:
     from lopd_megatron.model.student import StudentModel, build_student
     from lopd_megatron.model.student_spec import student_spec
     from lopd_megatron.parallel import topology as grid
+    from lopd_megatron.recipes.models import QWEN3_4B, QWEN3_8B
     from lopd_megatron.train import setup
     from lopd_megatron.train.state import Trainer
     from lopd_megatron.train.step import run_microbatches
-    from recipes.models import QWEN3_4B, QWEN3_8B
     from tests.unit.loss.dense import random_batch
 
     config, tied = RunConfig(), "tied" in overrides
@@ -177,7 +177,7 @@ def step(overrides: list[str]) -> dict[str, int]:
             optimizer=optimizer,
             scheduler=scheduler,
             batches=None,  # type: ignore[arg-type]
-            loss=setup.build_head_loss(config, spec, topology),
+            loss=setup.loss_of_run(config, spec, topology),
             checkpoints=None,  # type: ignore[arg-type]
         )
         lengths = np.array(LENGTHS, dtype=np.int32)
@@ -186,7 +186,7 @@ def step(overrides: list[str]) -> dict[str, int]:
             chunk.zero_grad_buffer()
         reads.clear()
         (output,) = run_microbatches(trainer, work, forward_only=False)
-        for name, pair in output.report.items():
+        for name, pair in output.metric_sums.items():
             assert pair.device == DEVICE, name
         optimizer.step()
         for parameter in model[0].parameters():

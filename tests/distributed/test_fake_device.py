@@ -15,10 +15,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-READS = {"of", "finalize_model_grads", "_apply_rotary_pos_emb_thd", "step_with_ready_grads"}
+READS = {
+    "of",
+    "finalize_model_grads",
+    "_apply_rotary_pos_emb_thd",
+    "step_with_ready_grads",
+    "has_grad_norm_group",
+}
 """Functions that may wait for the device: the trained rows are counted once a micro-batch; Megatron-Core's
 rotary embedding without Transformer Engine reads the lengths in every layer, for queries and keys; torch's
-AdamW reads its step on a device that it does not know, on CUDA it does not."""
+AdamW reads its step on a device that it does not know, on CUDA it does not; Megatron-Core 0.19 asks once, and
+keeps the answer, which groups of gradients have a norm of their own."""
 
 
 @pytest.mark.dist

@@ -202,11 +202,11 @@ UNGUARDED = """
 from lopd_megatron.parallel import prepare_megatron
 prepare_megatron()
 from lopd_megatron.train import checkpoint_state
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from lopd_megatron.parallel import versions
 if {corrected}:
     checkpoint_state._prepare_results_queue()
-filesystem_async._get_write_results_queue().put("written")
-assert filesystem_async._get_write_results_queue().get() == "written"
+versions.write_results_queue().put("written")
+assert versions.write_results_queue().get() == "written"
 print("main ran")
 """
 

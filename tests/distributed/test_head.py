@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from lopd_megatron.config import LossConfig, ParallelConfig
-from lopd_megatron.loss import NonFiniteLoss, build_loss, fused_head
+from lopd_megatron.loss import Loss, NonFiniteLoss, fused_head
 from lopd_megatron.parallel import topology as grid
 from lopd_megatron.parallel.topology import Topology
 from lopd_megatron.parallel.vocab import VocabRange
@@ -80,7 +80,7 @@ def run_case(
     device = topology.device
     x = hidden[rows, None].clone().to(device).requires_grad_()
     w = weight[vocab.vocab_start_index : vocab.vocab_end_index].clone().to(device).requires_grad_()
-    loss = build_loss(case.config, vocab=vocab, sequence_parallel=case.sequence_parallel)
+    loss = Loss(case.config, vocab=vocab, sequence_parallel=case.sequence_parallel)
     (batch,) = on_device([case.batch], device)
     output = loss(x, w, batch)
     output.numerator.backward()
@@ -101,7 +101,7 @@ def errors_of(case: Case, topology: Topology) -> Errors:
     shard = w.grad[vocab.vocab_start_index : vocab.vocab_end_index]
     return Errors(
         numerator=abs(output.numerator.item() - numerator.item()) / max(1e-30, abs(numerator.item())),
-        student_logprobs=abs(output.report["student_logprobs"][0].item() - logprobs.sum().item())
+        student_logprobs=abs(output.metric_sums["student_logprobs"][0].item() - logprobs.sum().item())
         / max(1e-30, logprobs.abs().sum().item()),
         # The whole norm as the scale: a shard that no label falls into may have hardly any gradient.
         d_hidden=float((d_hidden.double() - x.grad[rows]).norm() / x.grad.norm().clamp(min=1e-30)),
@@ -257,7 +257,7 @@ def losses_of_context_parallel_ranks(batches: list[MicroBatch]) -> LossOutput:
     batch = batches[topology.cp_rank]
     assert batch.labels is not None
     vocab = VocabRange.of(211, 256, topology.tp_group)
-    loss = build_loss(
+    loss = Loss(
         LossConfig(normalization="per_sequence"),
         vocab=vocab,
         sequence_parallel=False,
@@ -300,14 +300,14 @@ def test_context_parallel_ranks_pool_to_the_whole() -> None:
         }
         halves.append(replace(whole, **fields))
     outputs = run_world(losses_of_context_parallel_ranks, 2, halves)
-    loss = build_loss(
+    loss = Loss(
         LossConfig(normalization="per_sequence"), vocab=VocabRange.of(211, 256, None), sequence_parallel=False
     )
     expected = loss(exact((44, 40), 1)[:, None], exact((256, 40), 2), whole)
     assert sum(int(output.denominator) for output in outputs) == int(expected.denominator) == 3
     assert sum(float(output.numerator) for output in outputs) == pytest.approx(float(expected.numerator))
-    for name, pair in expected.report.items():
-        torch.testing.assert_close(sum(output.report[name] for output in outputs), pair, msg=name)
+    for name, pair in expected.metric_sums.items():
+        torch.testing.assert_close(sum(output.metric_sums[name] for output in outputs), pair, msg=name)
 
 
 def non_finite_in_one_shard() -> str:
@@ -318,11 +318,11 @@ def non_finite_in_one_shard() -> str:
     if topology.tp_rank == 1:
         weight[5] = torch.nan
     batch = random_batch([20, 12], vocab_size=211)
-    loss = build_loss(LossConfig(), vocab=vocab, sequence_parallel=False)
+    loss = Loss(LossConfig(), vocab=vocab, sequence_parallel=False)
     output = loss(exact((32, 1, 40), 1), weight, batch)
     grid.destroy()
     try:
-        loss.finite.raise_if_any(output.report)
+        loss.finite.raise_if_any(output.metric_sums)
     except NonFiniteLoss as error:
         return str(error)
     return ""

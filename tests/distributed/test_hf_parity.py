@@ -157,7 +157,7 @@ def all_cases(cases: list[tuple[str, str, str]]) -> list[list[torch.Tensor] | No
 
 @pytest.mark.dist
 def test_logits_and_gradients_equal_transformers(tmp_path: Path) -> None:
-    from lopd_megatron.model.hf_folder import HfFolder
+    from lopd_megatron.hf_folder import HfFolder
 
     references = {}
     for family in dict.fromkeys(family for family, _ in CASES):

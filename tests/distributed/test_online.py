@@ -91,7 +91,7 @@ def train_online(inputs: str, run_dir: str, overlap: int, topk: int, student: st
     """A whole run: what the student was asked with, and what each step reported."""
     from lopd_megatron.errors import UserError
     from lopd_megatron.inference.requests import Sampling
-    from lopd_megatron.loss import finalize_report
+    from lopd_megatron.loss import finalize_metrics
     from lopd_megatron.online.batches import Engines, OnlineRollouts, Prompt
     from lopd_megatron.parallel import topology as grid
     from lopd_megatron.train.loop import train
@@ -103,7 +103,7 @@ def train_online(inputs: str, run_dir: str, overlap: int, topk: int, student: st
             self.seen: list[dict[str, float]] = []
 
         def after_step(self, trainer: Any, result: Any) -> None:
-            self.seen.append(finalize_report(result.report))
+            self.seen.append(finalize_metrics(result.metric_sums))
 
     config = tiny_config(Path(inputs), Path(run_dir), train__train_iters=STEPS, **layout(pp=2))
     config.data.prefixes = []
@@ -143,7 +143,7 @@ def all_runs(inputs: str, work: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    from recipes import tiny_task
+    from lopd_megatron.recipes import tiny_task
 
     work = tmp_path_factory.mktemp("online")
     tiny_hf.save_model("qwen3", work / "student")

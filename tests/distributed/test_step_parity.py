@@ -115,7 +115,7 @@ def trained_in_layouts(inputs: str, run_dir: str, layouts: list[dict[str, Any]])
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One folder per family, with the same dataset beside each student."""
-    from recipes import tiny_task
+    from lopd_megatron.recipes import tiny_task
 
     folder = tmp_path_factory.mktemp("parity")
     for family in {family for family, _ in CASES}:
@@ -201,7 +201,7 @@ def mean_of_means(trainer: Any) -> None:
     def loss(*args: Any) -> LossOutput:
         output = stock(*args)
         count = output.denominator.clamp(min=1)
-        return LossOutput(output.numerator / count, torch.ones_like(count), output.report)
+        return LossOutput(output.numerator / count, torch.ones_like(count), output.metric_sums)
 
     loss.finite = stock.finite  # type: ignore[attr-defined]
     trainer.loss = loss

@@ -20,7 +20,7 @@ COLUMNS = ["tokens", "loss_mask", "teacher_logprobs", "rollout_logprobs"]
 
 def write_inputs(folder: Path, family: str = "qwen3") -> Path:
     """`folder/student`, a random model with a tokenizer, and `folder/train`, 60 scored random rollouts."""
-    from recipes import tiny_task
+    from lopd_megatron.recipes import tiny_task
 
     tiny_hf.save_model(family, folder / "student")
     tiny_task.save_tokenizer(folder / "student")
@@ -99,7 +99,7 @@ def advance(trainer: Trainer, steps: int) -> list[tuple[float, float]]:
         result = train_step(trainer, trainer.batches.step(trainer.consumed_train_samples))
         trainer.iteration += 1
         trainer.consumed_train_samples += trainer.config.train.global_batch_size
-        loss = result.report["loss"]
+        loss = result.metric_sums["loss"]
         seen.append((float(loss[0] / loss[1]), result.grad_norm))
     return seen
 

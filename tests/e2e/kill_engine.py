@@ -20,9 +20,10 @@ import numpy as np
 
 from lopd_megatron.config import EngineConfig, RunConfig
 from lopd_megatron.imports import quick_imports
-from lopd_megatron.inference.engine import CPU_ENVIRONMENT, QUIET_ENVIRONMENT
+from lopd_megatron.inference.engine_settings import CPU_ENVIRONMENT, QUIET_ENVIRONMENT
 from lopd_megatron.rollouts import programs
 from lopd_megatron.rollouts.prompts import run_prompts
+from lopd_megatron.rollouts.share import Share
 from tests.e2e.random_models import VOCABULARY, save_model
 from tests.unit.rollouts.pipeline import hashes
 
@@ -60,10 +61,10 @@ def main(root: Path, kills: dict[str, int]) -> None:
         import vllm.v1.worker.cpu_worker  # noqa: F401
     done, killed = 0, dict.fromkeys(STAGES, 0)
     for name, stage in STAGES.items():
-        _wait(_fork(lambda stage=stage: stage(runs["undisturbed"], programs.Share())))  # type: ignore[misc]
+        _wait(_fork(lambda stage=stage: stage(runs["undisturbed"], Share())))  # type: ignore[misc]
         folder = root / "killed" / name
         for _ in range(kills[name]):
-            child = _fork(lambda stage=stage: stage(runs["killed"], programs.Share()))  # type: ignore[misc]
+            child = _fork(lambda stage=stage: stage(runs["killed"], Share()))  # type: ignore[misc]
             before = _committed(folder)
             while _committed(folder) == before and _is_running(child):
                 time.sleep(0.002)
@@ -72,7 +73,7 @@ def main(root: Path, kills: dict[str, int]) -> None:
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
                 killed[name] += 1
-        _wait(_fork(lambda stage=stage: stage(runs["killed"], programs.Share())))  # type: ignore[misc]
+        _wait(_fork(lambda stage=stage: stage(runs["killed"], Share())))  # type: ignore[misc]
         done += _committed(folder)
     same = hashes(root / "undisturbed") == hashes(root / "killed")
     print(json.dumps({"killed": killed, "shards": done, "same": same}))

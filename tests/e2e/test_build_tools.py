@@ -10,7 +10,8 @@ import pytest
 
 from lopd_megatron.data.manifest import read_manifest
 from lopd_megatron.fingerprints import model_fingerprint, tokenizer_fingerprint
-from lopd_megatron.lineage import Lineage, write_model_lineage
+from lopd_megatron.lineage import Lineage
+from tests.helpers.models import write_model_lineage
 from tests.unit.data.qwen import PROMPT, sample_rollouts, save_qwen
 from tests.unit.data.samples import row, save_vocabulary, write_shards
 

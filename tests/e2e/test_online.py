@@ -12,18 +12,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from lopd_megatron.cli import load_recipe
 from lopd_megatron.inference.server import VllmServer
+from lopd_megatron.inference.server_key import KEY_VARIABLE, headers
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
 ITERS = 4
+KEY = "the key of the servers of this test"
 
 RECIPES = """
 from lopd_megatron.config import RunConfig
-from recipes import tiny
+from lopd_megatron.recipes import tiny
 
 ROOT = {root!r}
 
@@ -71,8 +74,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def servers(root: Path) -> Iterator[tuple[VllmServer, VllmServer]]:
     config = load_recipe(f"{root}/recipes.py:calm")
     with (
-        VllmServer("student", config.model.student, config.rollouts.engine, root / "student.log") as student,
-        VllmServer("teacher", config.model.teacher, config.scores.engine, root / "teacher.log") as teacher,
+        VllmServer(
+            "student",
+            config.model.student,
+            config.rollouts.engine,
+            root / "student.log",
+            task="generate",
+            key=KEY,
+        ) as student,
+        VllmServer(
+            "teacher", config.model.teacher, config.scores.engine, root / "teacher.log", task="score", key=KEY
+        ) as teacher,
     ):
         student.wait()
         teacher.wait()
@@ -99,7 +111,11 @@ def start(root: Path, recipe: str, servers: tuple[VllmServer, VllmServer]) -> su
     command = [sys.executable, "tools/train_online.py", "--recipe", f"{root}/recipes.py:{recipe}", *urls]
     with (root / f"{recipe}.log").open("wb") as log:
         return subprocess.Popen(
-            command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            command,
+            cwd=ROOT,
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"OMP_NUM_THREADS": "1", KEY_VARIABLE: KEY},
         )
 
 
@@ -123,6 +139,33 @@ def test_every_transfer_of_weights_is_proven(root: Path, runs: dict[str, Any]) -
     log = lines(root / "calm" / "online" / "log.jsonl")
     assert [line["iteration"] for line in log] == list(range(ITERS))
     assert max(line["sync_rms_nats"] for line in log) < 1e-4  # fp32 rounding gives 2e-7
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/collective_rpc"),
+        ("POST", "/update_weight_version"),
+        ("POST", "/pause"),
+        ("POST", "/reset_prefix_cache"),
+        ("POST", "/inference/v1/generate"),
+        ("POST", "/v1/completions"),
+        ("GET", "/health"),
+        ("GET", "/weight_info"),
+        ("OPTIONS", "/collective_rpc"),
+        ("GET", "/docs"),
+    ],
+)
+def test_a_request_without_the_key_is_refused(
+    servers: tuple[VllmServer, VllmServer], method: str, path: str
+) -> None:
+    for given in ({}, headers("another key"), {"Authorization": KEY}):
+        answer = httpx.request(method, servers[0].url + path, headers=given, trust_env=False, timeout=60)
+        assert answer.status_code == 401, (given, answer.text)
+
+
+def test_a_key_is_on_no_command_line(servers: tuple[VllmServer, VllmServer]) -> None:
+    assert all(KEY not in word for server in servers for word in server.command)
 
 
 def test_rollouts_come_from_the_weights_that_train_on_them(runs: dict[str, Any]) -> None:

@@ -13,7 +13,9 @@ from tests.unit.report.sample_run import sample_run
 
 ROOT = Path(__file__).resolve().parents[2]
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here; `make system` installs it")
+needs_browser = pytest.mark.skipif(
+    BROWSER is None, reason="needs the Debian package chromium; `make system` installs it"
+)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from lopd_megatron.files import write_json
 from lopd_megatron.inference.requests import ScoreRequest
 from lopd_megatron.study.runner import StudyRunner
 from lopd_megatron.study.workbench import LocalModel
-from recipes.study.tiny import Study
+from lopd_megatron.recipes.study.tiny import Study
 
 study = Study(0, sys.argv[1])
 problems = f"{study.models}/task/problems"
@@ -91,8 +91,8 @@ def test_new_weights_under_an_old_name_are_read_again(root: Path) -> None:
 
 
 def test_the_report_comes_from_the_results(root: Path, tmp_path: Path) -> None:
+    from lopd_megatron.recipes.study.claims import CLAIMS
     from lopd_megatron.study.report import collect, write_report
-    from recipes.study.claims import CLAIMS
 
     results = collect(root, tmp_path / "study" / "results.json", lambda result: True)
     groups = {"Core: a": ["sft", "lightning", "standard", "more_sft"]}

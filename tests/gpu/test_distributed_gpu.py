@@ -52,7 +52,7 @@ RESUMED = {
     4: {"TP2 PP2": layout(tp=2, pp=2)},
 }
 WORLDS = [
-    pytest.param(n, marks=pytest.mark.skipif(torch.cuda.device_count() < n, reason=f"needs {n} GPUs"))
+    pytest.param(n, marks=pytest.mark.skipif(torch.cuda.device_count() < n, reason=f"needs CUDA: {n} GPUs"))
     for n in (1, 2, 4)
 ]
 EXPONENTIAL_SLACK = 5.0
@@ -73,7 +73,7 @@ def test_head_gradients_equal_the_dense_reference(world_size: int) -> None:
 def test_steps_equal_those_of_transformers(
     world_size: int, family: str, objective: str, tmp_path: Path
 ) -> None:
-    from recipes import tiny_task
+    from lopd_megatron.recipes import tiny_task
 
     save_model(family, tmp_path / "student")
     tiny_task.save_tokenizer(tmp_path / "student")

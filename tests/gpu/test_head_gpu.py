@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lopd_megatron.config import LossConfig
-from lopd_megatron.loss import build_loss
+from lopd_megatron.loss import Loss
 from lopd_megatron.parallel.vocab import VocabRange
 from tests.unit.loss.dense import dense_loss, random_batch
 
@@ -31,7 +31,7 @@ def test_gradients_equal_the_dense_reference(
 
     hidden, weight = x.cuda()[:, None].requires_grad_(), w.cuda().requires_grad_()
     moved = {name: value.cuda() if torch.is_tensor(value) else value for name, value in vars(batch).items()}
-    loss = build_loss(config, vocab=VocabRange.of(V, PADDED, None), sequence_parallel=False)
+    loss = Loss(config, vocab=VocabRange.of(V, PADDED, None), sequence_parallel=False)
     output = loss(hidden, weight, type(batch)(**moved))
     output.numerator.backward()
     loss.finite.raise_if_any(output.report)
@@ -55,7 +55,7 @@ def test_work_memory_does_not_grow_with_the_tokens() -> None:
         }
         hidden = torch.randn(tokens, 1, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         weight = torch.randn(32_000, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        loss = build_loss(
+        loss = Loss(
             LossConfig(head_chunk_tokens=256),
             vocab=VocabRange.of(32_000, 32_000, None),
             sequence_parallel=False,

@@ -27,7 +27,7 @@ ODD_SITE = {
 def lab() -> Iterator[SlurmLab]:
     if absent := missing():
         pytest.skip(
-            f"no Slurm here ({', '.join(absent)} not found); tools/install_system_packages.sh brings it"
+            f"needs the Debian package of Slurm ({', '.join(absent)} not found); `make system` installs it"
         )
     with SlurmLab() as running:
         # The jobs find this test's Python, whatever the checkout's .venv is.

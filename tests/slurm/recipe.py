@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from lopd_megatron.config import RunConfig
-from recipes import tiny
+from lopd_megatron.recipes import tiny
 
 
 def opd() -> RunConfig:

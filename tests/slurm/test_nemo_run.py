@@ -12,7 +12,7 @@ import pytest
 from tests.slurm.conftest import ODD_SITE, RECIPE, ROOT
 from tests.slurm.lab import SlurmLab
 
-LAUNCH = ["python", "-m", "lopd_megatron.launch", "--recipe", RECIPE]
+LAUNCH = ["python", "-m", "lopd_megatron", "run", RECIPE]
 
 
 def test_the_slurm_executor_runs_the_chain(lab: SlurmLab, tiny: Path) -> None:
@@ -24,7 +24,7 @@ def test_the_slurm_executor_runs_the_chain(lab: SlurmLab, tiny: Path) -> None:
         "train.train_iters=3",
         "parallel.tensor_model_parallel_size=1",
     ]
-    command = [*LAUNCH, "--executor=slurm", *overrides]
+    command = [*LAUNCH, "--on=nemo", *overrides]
     result = lab.run(command, cwd=ROOT, env=ODD_SITE, timeout_s=900, check=False)
     assert result.returncode == 0, result.stdout
     for product in ("prompts", "rollouts", "scores"):
@@ -42,7 +42,12 @@ def test_a_failed_stage_fails_the_launch(lab: SlurmLab, tiny: Path, executor: st
     """NeMo-Run itself ends with 0, its local executor would go on, and its retries know no exit codes."""
     name = f"nemo_{executor}_failed"
     broken = [f"name={name}", f"run_dir={tiny}/{name}", f"prompts.input=[{tiny}/nothing.jsonl]"]
-    command = [*LAUNCH, "--stages=prompts,rollouts", f"--executor={executor}", *broken]
+    command = [
+        *LAUNCH,
+        "--stages=prompts,rollouts",
+        "--on=nemo" if executor == "slurm" else "--on=nemo-local",
+        *broken,
+    ]
     result = lab.run(command, cwd=ROOT, timeout_s=600, check=False)
     assert result.returncode == 1, result.stdout
     assert f"{name}-prompts: FAILED" in result.stdout

@@ -60,8 +60,8 @@ def test_a_bad_value_is_named(argv: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("recipes/tiny.py", "FILE.py:FUNCTION"),
-        ("recipes/tinny.py:sft", "did you mean 'tiny'"),
+        ("recipes/tiny.py", "names no function; recipes/tiny.py has teacher, base, sft"),
+        ("recipes/tinny.py:sft", "did you mean 'tiny.py'"),
         ("recipes/tiny.py:lightning", "did you mean 'lightning_opd'"),
     ],
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ast
 import functools
+import importlib
 import importlib.util
 import inspect
 import itertools
@@ -26,17 +27,20 @@ from typing import Any
 import pytest
 
 from lopd_megatron import cli
+from lopd_megatron.__main__ import main as lopd
+from lopd_megatron.commands import VERBS
 from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import UserError
 from lopd_megatron.launch import stages as launch_stages
-from lopd_megatron.launch.__main__ import main as launch
 from lopd_megatron.records import COLUMNS
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-OURS = ("python", "torchrun", "make", "slurm/pipeline.sh", "sbatch")
-OTHERS = {"git", "cd", "source", "pip", "hf", "squeue", "tail", "docker", "export"}
-PLACEHOLDER = re.compile(r"…|\.\.\.|\[|→|\$|\b(FILE|PREFIX|MODEL|FOLDER|RUN_DIR)\b")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OURS = ("lopd", "python", "torchrun", "make", "slurm/pipeline.sh", "sbatch")
+OTHERS = {"pytest", "git", "cd", "source", "pip", "hf", "squeue", "tail", "docker", "export"}
+PLACEHOLDER = re.compile(
+    r"…|\.\.\.|\[|→|\$|\b(FILE|PREFIX|MODEL|FOLDER|RUN_DIR|RECIPE|ADDRESS|ACCOUNT|URL)\b"
+)
 TORCHRUN = {"--nproc-per-node", "--nnodes", "--standalone", "-m"}
 
 
@@ -58,8 +62,8 @@ def commands(page: Path) -> Iterator[str]:
 
 
 def is_dry_launch(command: str) -> bool:
-    starts = ("slurm/pipeline.sh", "python -m lopd_megatron.launch ")
-    return command.startswith(starts) and "--dry-run" in command and not re.search(r"FILE|\$", command)
+    starts = ("slurm/pipeline.sh", "lopd run ")
+    return command.startswith(starts) and "--dry-run" in command and not PLACEHOLDER.search(command)
 
 
 CASES = [(page.name, command) for page in PAGES for command in dict.fromkeys(commands(page))]
@@ -76,7 +80,7 @@ def test_command(page: str, command: str) -> None:
     dict.fromkeys(
         text
         for _, text in CASES
-        if text.startswith(("python ", "torchrun ")) and not PLACEHOLDER.search(text)
+        if text.startswith(("lopd ", "python ", "torchrun ")) and not PLACEHOLDER.search(text)
     ),
 )
 def test_command_is_read_by_its_program(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,17 +93,26 @@ class Understood(Exception):
 
 def read(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a program parse a command, with required options, recipe and overrides, and no further."""
-    program, arguments = split_program(shlex.split(command))
+    words = shlex.split(command)
+    program, arguments = split_program(words)
     if program in ("venv", "lopd_megatron.launch.nemo_run"):
         return  # not ours; NeMo-Run's own command line, which tests/slurm runs
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    monkeypatch.syspath_prepend(str(ROOT / "tools" / "bench"))
     monkeypatch.setattr(sys, "argv", [program, *arguments])
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stopping(argparse.ArgumentParser.parse_args))
     monkeypatch.setattr(cli, "parse", stopping(cli.parse))
     monkeypatch.setattr(launch_stages, "chain", stopping(launch_stages.chain))
-    path = ROOT / program if program.endswith(".py") else _module_file(program)
-    main = runpy.run_path(str(path))["main"]
+    monkeypatch.setattr(cli, "dry_run", stopping(lambda *_: 0))
+    if words[0] == "lopd":
+        module, _, function = VERBS[words[1]][0].partition(":")
+        sys.modules.pop(module, None)  # it may have imported by name what is replaced here
+        main = getattr(importlib.import_module(module), function)
+        sys.modules.pop(module)  # and no later test may get this one
+    else:
+        path = ROOT / program if program.endswith(".py") else _module_file(program)
+        main = runpy.run_path(str(path))["main"]
     with pytest.raises(Understood):
         main()
 
@@ -117,7 +130,10 @@ def stopping(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def split_program(words: list[str]) -> tuple[str, list[str]]:
-    """`python tools/x.py …`, `python -m x …` or `torchrun … -m x …` → (program, its arguments)."""
+    """`lopd verb …`, `python FILE.py …`, `python -m x …`, `torchrun … -m x …` → (program, its arguments)."""
+    if words[0] == "lopd":
+        assert words[1] in VERBS, f"lopd has no verb {words[1]}"
+        return VERBS[words[1]][0].partition(":")[0], words[2:]
     if "-m" in words:
         at = words.index("-m") + 1
         return words[at], words[at + 1 :]
@@ -130,7 +146,7 @@ def check(command: str) -> None:
     if words[0] == "make":
         for target in words[1:]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), f"make {target}"
-    elif words[0] in ("python", "torchrun"):
+    elif words[0] in ("lopd", "python", "torchrun"):
         program, arguments = split_program(words)
         if program.endswith(".py"):
             assert (ROOT / program).is_file(), program
@@ -144,7 +160,7 @@ def check(command: str) -> None:
             _check_options(program, arguments)
     elif words[0] == "slurm/pipeline.sh":
         assert (ROOT / words[0]).is_file()
-        _check_options("lopd_megatron.launch", words[1:])
+        _check_options("lopd_megatron.commands.run", words[1:])
     elif words[0].startswith("$EDITOR"):
         assert (ROOT / words[1]).is_file(), words[1]
 
@@ -152,8 +168,9 @@ def check(command: str) -> None:
 def _check_options(program: str, words: list[str]) -> None:
     known = options(program)
     for word, value in itertools.pairwise([*words, ""]):
-        if word == "--recipe" and re.fullmatch(r"recipes/\w+\.py:\w+", value):
-            known |= set(cli._flags(cli.load_recipe(value)))
+        for name in (word, value):
+            if re.fullmatch(r"recipes/\w+\.py:\w+(\(.*\))?", name):
+                known |= set(cli._flags(cli.load_recipe(name)))
     for before, word in itertools.pairwise(["", *words]):
         if word.startswith("--"):
             assert word.split("=")[0] in known, f"{program} has no option {word}"
@@ -190,9 +207,7 @@ def test_a_launch_is_rendered(
     """Dry runs of whole chains are cheap enough to be made, in this process."""
     monkeypatch.chdir(ROOT)
     words = shlex.split(command)
-    start = 3 if words[0] == "python" else 1
-    executor = [] if words[0] == "python" else ["--executor", "sbatch"]
-    launch([*words[start:], *executor])
+    lopd(words[1:] if words[0] == "lopd" else ["run", "--on", "slurm", *words[1:]])
     assert "lopd_megatron" in capsys.readouterr().out
 
 
@@ -200,12 +215,13 @@ def test_a_launch_is_rendered(
     "command",
     [
         "python tools/no_such_program.py",
-        "python tools/make_report.py runs/x --no-such-option",
-        "python tools/evaluate.py --recipe recipes/tiny.py:no_such_recipe",
+        "lopd no-such-verb",
+        "lopd report runs/x --no-such-option",
+        "lopd evaluate recipes/tiny.py:no_such_recipe",
         "python -m lopd_megatron.train --recipe recipes/tiny.py:sft optimizer.learning_rate=1",
         "python -m lopd_megatron.no_such_module",
         "make no-such-target",
-        "python tools/make_tiny_task.py --recipe recipes/tiny.py:sft",
+        "lopd tiny-task --recipe recipes/tiny.py:sft",
     ],
 )
 def test_a_planted_wrong_command_is_found(command: str) -> None:
@@ -218,7 +234,7 @@ def test_a_planted_wrong_command_is_found(command: str) -> None:
     [
         "python tools/plan_layout.py --model Qwen3-8B",
         "python tools/plan_layout.py --model Qwen3-8B --gpus many --gpu-memory 80",
-        "python tools/evaluate.py --recipe recipes/tiny.py:sft train.train_iters=-1",
+        "lopd evaluate recipes/tiny.py:sft train.train_iters=-1",
     ],
 )
 def test_a_planted_command_that_its_program_refuses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,11 +332,15 @@ def test_the_script_that_installs_packages_has_no_lint() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_every_program_documents_itself() -> None:
-    """The docstring of a tool, which is its --help, shows how it is called."""
+def test_every_verb_documents_itself() -> None:
+    """The docstring of a verb, which is its --help, shows how it is called."""
+    for verb, (place, _) in VERBS.items():
+        module = importlib.import_module(place.partition(":")[0])
+        assert re.search(rf"^\s*lopd {verb}\b", module.__doc__ or "", re.M), verb
+
+
+def test_the_tools_are_doors() -> None:
     for path in sorted((ROOT / "tools").glob("*.py")):
-        tree = ast.parse(path.read_text())
-        if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
-            assert re.search(rf"(python|torchrun).* tools/{path.name}", ast.get_docstring(tree) or ""), (
-                path.name
-            )
+        calls = re.findall(r'^    run_verb\("([a-z-]+)"\)$', path.read_text(), re.M)
+        assert len(calls) == 1, path.name
+        assert calls[0] in VERBS, path.name

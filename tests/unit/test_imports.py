@@ -8,14 +8,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "files", "imports", "progress", "records", "config", "cli"),
-    ("fingerprints", "lineage", "refresh"),
+    ("errors", "files", "imports", "progress", "records", "plugins", "config", "cli"),
+    ("hf_folder",),
+    ("fingerprints", "lineage", "refresh", "settings_reference", "layout_check"),
     ("loss", "parallel"),
     ("data", "model"),
     ("inference", "train", "analysis", "launch"),
     ("rollouts", "effopd"),
     ("online", "evaluation", "report"),
     ("study",),
+    ("recipes",),
+    ("commands",),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -94,7 +97,7 @@ def test_import_rules(path: Path) -> None:
         ("lopd_megatron/data/bad.py", "import vllm"),
         ("lopd_megatron/inference/engine.py", "import vllm"),
         ("lopd_megatron/train/bad2.py", "from megatron.core import parallel_state"),
-        ("lopd_megatron/model/bad.py", "from recipes import tiny"),
+        ("lopd_megatron/model/bad.py", "from lopd_megatron.recipes import tiny"),
     ],
 )
 def test_a_planted_violation_is_found(tmp_path: Path, name: str, code: str) -> None:

@@ -19,7 +19,7 @@ from lopd_megatron.errors import UserError
 from lopd_megatron.model.memory_estimate import OVERHEAD_BYTES, estimate_memory, rank_parameters
 from lopd_megatron.model.student_spec import student_spec
 from lopd_megatron.parallel import topology as grid
-from recipes import models, paper, qwen3_4b, qwen3_8b, qwen3_30b_a3b, qwen3_32b
+from lopd_megatron.recipes import models, paper, qwen3_4b, qwen3_8b, qwen3_30b_a3b, qwen3_32b
 
 GPU_BYTES = 79.6 * 1024**3  # what a GPU of "80 GB" reports
 CONFIGS = {

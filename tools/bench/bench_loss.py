@@ -46,9 +46,9 @@ from bench_measure import (
 from lopd_megatron.config import LossConfig, ParallelConfig
 from lopd_megatron.errors import run_program
 from lopd_megatron.files import write_json
-from lopd_megatron.loss import build_loss
+from lopd_megatron.loss import Loss
 from lopd_megatron.loss.fused_head import HeadRows, fused_head
-from lopd_megatron.loss.selection import select_objective
+from lopd_megatron.loss.make_objective import make_objective
 from lopd_megatron.loss.trained_tokens import TrainedTokens
 from lopd_megatron.parallel.vocab import VocabRange
 from lopd_megatron.progress import say
@@ -188,7 +188,7 @@ class Head:
             return values.mul_(scale).to(dtype).requires_grad_()
 
         self.hidden, self.weight = random(shape.tokens, 1.0), random(self.vocab.shard_size, 0.02)
-        self.loss = build_loss(
+        self.loss = Loss(
             LossConfig(head_chunk_tokens=shape.chunk_tokens), vocab=self.vocab, sequence_parallel=False
         )
         self.full = make_batch(shape, 0.0, topology.device)
@@ -250,7 +250,7 @@ class Head:
         assert hidden.grad is not None
         assert exact.grad is not None
         tokens = TrainedTokens.of(batch)
-        ids, objective = select_objective(LossConfig(), tokens)
+        ids, objective = make_objective(LossConfig())(tokens)
         head_rows = HeadRows(tokens.rows, ids, torch.ones_like(tokens.rows, dtype=torch.float64), objective)
         with torch.no_grad():
             _, values = fused_head(

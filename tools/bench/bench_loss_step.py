@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from bench_measure import interleaved, peak_mb, relative
 
 from lopd_megatron.config import LossConfig, ParallelConfig, RunConfig
-from lopd_megatron.loss import build_loss
+from lopd_megatron.loss import Loss
 from lopd_megatron.parallel.vocab import VocabRange
 from lopd_megatron.records import MicroBatch
 
@@ -70,7 +70,7 @@ class Steps:
             if parameter.dim() > 1:
                 parameter.data.normal_(0, 0.02, generator=generator)
             twin.data = parameter.data
-        self.loss = build_loss(
+        self.loss = Loss(
             LossConfig(head_chunk_tokens=shape.chunk_tokens),
             vocab=VocabRange.of(shape.vocabulary, shape.vocabulary, None),
             sequence_parallel=False,

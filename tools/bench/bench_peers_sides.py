@@ -61,7 +61,7 @@ def padding_share(lengths: np.ndarray) -> float:
 
 def write_task(folder: Path, lengths: np.ndarray) -> None:
     """`folder/student`, `folder/teacher` and `folder/train`: random rollouts that both models have scored."""
-    from recipes import tiny_task
+    from lopd_megatron.recipes import tiny_task
 
     student, teacher = (_save_model(folder / name, seed) for seed, name in enumerate(("student", "teacher")))
     tiny_task.save_tokenizer(folder / "student")
@@ -136,7 +136,7 @@ def ours(folder: Path, head: Callable[..., Any] | None = None) -> Pass:
     def run() -> list[float]:
         losses = []
         for consumed in range(0, DOCUMENTS, BATCH):
-            loss = train_step(trainer, trainer.batches.step(consumed)).report["loss"]
+            loss = train_step(trainer, trainer.batches.step(consumed)).metric_sums["loss"]
             losses.append(float(loss[0] / loss[1]))
         return losses
 

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from lopd_megatron.config import RunConfig
+from lopd_megatron.recipes.models import QWEN3_4B, QWEN3_8B, QWEN3_30B_A3B, QWEN3_32B
 from lopd_megatron.records import COLUMNS
-from recipes.models import QWEN3_4B, QWEN3_8B, QWEN3_30B_A3B, QWEN3_32B
 
 PEAK_FLOPS, BANDWIDTH, MEMORY = 989e12, 3.35e12, 80e9
 """An H100 SXM: dense bfloat16, bytes a second, bytes."""

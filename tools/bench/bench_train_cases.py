@@ -16,8 +16,8 @@ from lopd_megatron.cli import apply_override
 from lopd_megatron.config import RunConfig
 from lopd_megatron.data.loader import StepBatch
 from lopd_megatron.errors import UserError
+from lopd_megatron.recipes.models import QWEN3_4B, QWEN3_8B
 from lopd_megatron.records import MicroBatch
-from recipes.models import QWEN3_4B, QWEN3_8B
 
 QWEN3_1_7B = QWEN3_8B | {
     "hidden_size": 2048,

@@ -80,7 +80,7 @@ def test_misplaced_values(
 ) -> None:
     report = compare(damage(samples), scorer, TOLERANCE)
     assert diagnosis in report.diagnosis
-    with pytest.raises(UserError, match=f"scored: the generating model does not find .*{diagnosis}"):
+    with pytest.raises(UserError, match=f"scores: the generating model does not find .*{diagnosis}"):
         refuse_misaligned(report, "scores")
 
 

@@ -8,7 +8,7 @@ import torch
 
 from lopd_megatron.data.store import open_dataset
 
-TOOLS = Path(__file__).resolve().parents[3] / "tools"
+TOOLS = Path(__file__).resolve().parents[3] / "tools" / "bench"
 
 
 def test_the_imitated_official_loader_delivers_every_document(

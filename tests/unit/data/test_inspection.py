@@ -10,7 +10,7 @@ from lopd_megatron.data.build_dataset import write_dataset
 from lopd_megatron.data.inspection import document_lines
 from lopd_megatron.data.store import open_dataset
 from lopd_megatron.lineage import Lineage
-from recipes import tiny_task
+from lopd_megatron.recipes import tiny_task
 from tests.unit.data.samples import documents
 
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "inspect_dataset.py"

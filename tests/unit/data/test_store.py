@@ -72,7 +72,7 @@ def test_the_tail_mass_of_topk_is_recoverable(tmp_path: Path) -> None:
 
 
 def test_a_prefix_without_manifest(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"there is no dataset .*run tools/build_dataset.py"):
+    with pytest.raises(UserError, match=r"there is no dataset .*run lopd dataset"):
         open_dataset([tmp_path / "train"])
     (tmp_path / "train.building").mkdir()
     with pytest.raises(UserError, match="is running or was stopped"):

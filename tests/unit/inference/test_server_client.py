@@ -17,6 +17,7 @@ from lopd_megatron.inference import server_client
 from lopd_megatron.inference.requests import GenerationRequest, Sampling, ScoreRequest
 from lopd_megatron.inference.server_client import ServerClient, score_from_rows
 
+KEY = "a key of this test"
 SAMPLING = Sampling(1.0, 1.0, 4, (2,))
 REQUESTS = [GenerationRequest((0, i), [1, 5 + i], seed=i) for i in range(3)]
 
@@ -46,6 +47,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
         self.server.paths.append(self.path)
+        if self.headers["Authorization"] != f"Bearer {KEY}":
+            return self._answer(401, {"error": "no key"})
         if self.server.faults:
             return self._answer(self.server.faults.pop(0), {"error": "engine dead"})
         if self.path == "/update_weight_version":
@@ -84,7 +87,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeVllm]:
 
 
 def client(server: FakeVllm, patience_s: float = 20.0) -> ServerClient:
-    return ServerClient(server.url, "student server", patience_s=patience_s)
+    return ServerClient(server.url, "student server", key=KEY, patience_s=patience_s)
 
 
 def test_answers_come_in_the_order_of_the_requests(server: FakeVllm) -> None:
@@ -118,7 +121,7 @@ def test_an_outage_is_told_once_however_many_requests_wait(
 
 
 def test_an_absent_server_is_waited_for_until_patience_ends(server: FakeVllm) -> None:
-    late = ServerClient("http://127.0.0.1:9", "teacher server", patience_s=0.1)
+    late = ServerClient("http://127.0.0.1:9", "teacher server", key=KEY, patience_s=0.1)
     with pytest.raises(UserError, match=r"teacher server at .* has not answered"):
         late.wait_until_ready()
 
@@ -128,6 +131,12 @@ def test_a_refusal_is_one_line_with_its_reason(server: FakeVllm, code: int) -> N
     server.faults = [code] * 9
     with pytest.raises(UserError, match=rf"refuses /inference/v1/generate \({code}\): .*engine dead"):
         client(server).generate(REQUESTS, SAMPLING)
+
+
+def test_another_key_is_one_line(server: FakeVllm) -> None:
+    stranger = ServerClient(server.url, "student server", key="another key", patience_s=1)
+    with pytest.raises(UserError, match=r"student server at .* does not take the key of this run"):
+        stranger.generate(REQUESTS, SAMPLING)
 
 
 def test_scores_name_the_given_token_and_the_most_likely_ones() -> None:

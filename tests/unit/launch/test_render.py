@@ -19,7 +19,7 @@ from lopd_megatron import cli
 from lopd_megatron.errors import UserError
 from lopd_megatron.launch import sbatch, shell
 from lopd_megatron.launch.stages import chain, stages
-from recipes import qwen3_32b
+from lopd_megatron.recipes import qwen3_32b
 
 ROOT = Path(__file__).resolve().parents[3]
 HERE = Path(__file__).parent
@@ -129,7 +129,7 @@ def test_golden_nemo_run_64_gpus() -> None:
 
     A process of its own: nemo_run reads NEMORUN_HOME at import, and takes seconds to import.
     """
-    command = [sys.executable, "-m", "lopd_megatron.launch", "--executor", "slurm", "--recipe", RUNS[1]]
+    command = [sys.executable, "-m", "lopd_megatron", "run", "--on", "nemo", RUNS[1]]
     arguments = ["--dryrun", "--stages=scores,train", *LAYOUT_64, *SITE, *SSH]
     result = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True)
     assert not (ROOT / "runs/qwen3_32b").exists()

@@ -29,17 +29,12 @@ def test_all_stages_in_order_each_after_the_writer_of_its_input() -> None:
     assert names(found) == ["prompts", "rollouts", "scores", "dataset", "train", "export", "evaluate"]
     for before, stage in itertools.pairwise(found):
         assert stage.after == (before.job,)
-    assert shlex.join(found[0].command) == (
-        "python tools/prepare_prompts.py --recipe r.py:f train.train_iters=3"
-    )
+    assert shlex.join(found[0].command) == ("python -m lopd_megatron prompts r.py:f train.train_iters=3")
     assert shlex.join(found[4].command) == (
         "python -m lopd_megatron.launch.torchrun --standalone --nproc-per-node 1 "
-        "-m lopd_megatron.train --recipe r.py:f train.train_iters=3"
+        "-m lopd_megatron.train r.py:f train.train_iters=3"
     )
-    assert shlex.join(found[5].command) == (
-        "python tools/convert_checkpoint.py export --checkpoint runs/r/checkpoints --hf student "
-        "--output runs/r/hf --overwrite"
-    )
+    assert shlex.join(found[5].command) == ("python -m lopd_megatron export r.py:f train.train_iters=3")
 
 
 def test_stages_that_the_config_makes_empty_are_left_out() -> None:
@@ -58,7 +53,7 @@ def test_standard_opd_trains_right_after_its_prompts() -> None:
     config.online.enabled = True
     found = stages(config, "r.py:f")
     assert names(found) == ["prompts", "train", "export", "evaluate"]
-    assert found[1].command == ("python", "tools/train_online.py", "--recipe", "r.py:f")
+    assert found[1].command == ("python", "-m", "lopd_megatron", "train", "r.py:f")
     assert found[1].after == ("r-prompts",)
     config.online.student_url = config.online.teacher_url = "http://host:1"  # servers that run elsewhere
     assert "lopd_megatron.train" in stages(config, "r.py:f")[1].command

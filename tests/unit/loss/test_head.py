@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lopd_megatron.config import LossConfig
-from lopd_megatron.loss import NonFiniteLoss, build_loss
+from lopd_megatron.loss import Loss, NonFiniteLoss
 from lopd_megatron.loss.fused_head import HeadRows, fused_head
 from lopd_megatron.loss.objectives import TokenLoss
 from lopd_megatron.parallel.vocab import VocabRange
@@ -53,7 +53,7 @@ def run(
     hidden *= torch.tensor(scales).repeat(t)[:t, None, None]
     hidden.requires_grad_()
     weight = exact((PADDED, H), 1.0, seed + 1).requires_grad_()
-    output = build_loss(config, vocab=VocabRange.of(V, PADDED, None), sequence_parallel=False)(
+    output = Loss(config, vocab=VocabRange.of(V, PADDED, None), sequence_parallel=False)(
         hidden, weight, batch
     )
     output.numerator.backward()
@@ -74,10 +74,10 @@ def check(config: LossConfig, batch: MicroBatch, scales: tuple[float, ...] = (1.
     assert relative(hidden.grad[:, 0], x.grad) < TOLERANCE
     assert relative(weight.grad[:V], w.grad) < TOLERANCE
     assert (weight.grad[V:] == 0).all()
-    total, count = output.report["student_logprobs"].tolist()
+    total, count = output.metric_sums["student_logprobs"].tolist()
     assert count == logprobs.numel()
     assert total == pytest.approx(logprobs.sum().item(), rel=1e-6)
-    assert output.report["entropy"][0].item() == pytest.approx(entropy.sum().item(), rel=1e-5)
+    assert output.metric_sums["entropy"][0].item() == pytest.approx(entropy.sum().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("normalization", ["token_mean", "per_sequence"])
@@ -137,7 +137,7 @@ def test_zero_filled_padding_would_be_seen() -> None:
     _, hidden, weight = run(config, batch, scales=(0.25,))
     x, w = hidden.detach().requires_grad_(), weight.detach().clone()
     w[V:] = 0
-    unmasked = build_loss(config, vocab=VocabRange.of(PADDED, PADDED, None), sequence_parallel=False)
+    unmasked = Loss(config, vocab=VocabRange.of(PADDED, PADDED, None), sequence_parallel=False)
     unmasked(x, w, batch).numerator.backward()
     assert x.grad is not None
     assert hidden.grad is not None
@@ -178,12 +178,12 @@ def test_an_all_masked_micro_batch_counts_nothing(objective: str, normalization:
     assert weight.grad is not None
     assert (hidden.grad == 0).all()
     assert (weight.grad == 0).all()
-    assert all((pair == 0).all() for pair in output.report.values())
+    assert all((pair == 0).all() for pair in output.metric_sums.values())
 
 
 def test_the_report_has_the_same_keys_with_and_without_trained_tokens() -> None:
     config, batch = LossConfig(), random_batch([9, 6], vocab_size=V)
-    assert list(run(config, batch)[0].report) == list(run(config, all_masked(batch))[0].report)
+    assert list(run(config, batch)[0].metric_sums) == list(run(config, all_masked(batch))[0].metric_sums)
 
 
 def test_per_sequence_counts_documents_with_trained_tokens() -> None:
@@ -198,7 +198,7 @@ def test_per_sequence_counts_documents_with_trained_tokens() -> None:
 def test_the_upstream_scale_multiplies_both_gradients() -> None:
     batch = random_batch([20, 11], vocab_size=V)
     _, hidden, weight = run(LossConfig(), batch)
-    loss = build_loss(LossConfig(), vocab=VocabRange.of(V, PADDED, None), sequence_parallel=False)
+    loss = Loss(LossConfig(), vocab=VocabRange.of(V, PADDED, None), sequence_parallel=False)
     x, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
     (loss(x, w, batch).numerator * 0.25).backward()
     assert torch.equal(x.grad, 0.25 * hidden.grad)
@@ -208,7 +208,7 @@ def test_the_upstream_scale_multiplies_both_gradients() -> None:
 def test_main_grad_takes_the_float32_gradient_of_a_bfloat16_weight() -> None:
     """Two micro-batches add up in main_grad without a rounding to bfloat16; autograd sees a placeholder."""
     batch = random_batch([20, 11], vocab_size=V)
-    loss = build_loss(LossConfig(), vocab=VocabRange.of(V, PADDED, None), sequence_parallel=False)
+    loss = Loss(LossConfig(), vocab=VocabRange.of(V, PADDED, None), sequence_parallel=False)
     hidden = exact((31, 1, H), 1.0, 1).bfloat16().requires_grad_()
     weight = torch.nn.Parameter(exact((PADDED, H), 1.0, 2).bfloat16())
     loss(hidden, weight, batch).numerator.backward()
@@ -227,7 +227,7 @@ def test_main_grad_takes_the_float32_gradient_of_a_bfloat16_weight() -> None:
 def test_tied_embedding_gets_both_gradients() -> None:
     """`zero_out_wgrad`: the hook adds .grad to main_grad, so it must hold the lookup's gradient alone."""
     batch = random_batch([20, 11], vocab_size=V)
-    loss = build_loss(LossConfig(), vocab=VocabRange.of(V, PADDED, None), sequence_parallel=False)
+    loss = Loss(LossConfig(), vocab=VocabRange.of(V, PADDED, None), sequence_parallel=False)
     weight = torch.nn.Parameter(exact((PADDED, H), 1.0, 2))
     tokens = torch.arange(31) % V
 
@@ -245,7 +245,7 @@ def test_tied_embedding_gets_both_gradients() -> None:
 def test_bfloat16_inputs_stay_close_to_float32() -> None:
     """bfloat16 keeps 8 bits: gradients within 1 % of the norm."""
     batch = random_batch([40, 23], vocab_size=V)
-    loss = build_loss(LossConfig(), vocab=VocabRange.of(V, PADDED, None), sequence_parallel=False)
+    loss = Loss(LossConfig(), vocab=VocabRange.of(V, PADDED, None), sequence_parallel=False)
     x, w = exact((63, 1, H), 0.5, 1).bfloat16(), exact((PADDED, H), 0.5, 2).bfloat16()
     results = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -261,7 +261,7 @@ def test_bfloat16_inputs_stay_close_to_float32() -> None:
 
 def test_no_gradient_is_formed_without_grad_mode() -> None:
     batch = random_batch([20, 11], vocab_size=V)
-    loss = build_loss(LossConfig(), vocab=VocabRange.of(V, PADDED, None), sequence_parallel=False)
+    loss = Loss(LossConfig(), vocab=VocabRange.of(V, PADDED, None), sequence_parallel=False)
     hidden, weight = exact((31, 1, H), 1.0, 1).requires_grad_(), exact((PADDED, H), 1.0, 2).requires_grad_()
     with torch.no_grad():
         quiet = loss(hidden, weight, batch).numerator
@@ -272,7 +272,7 @@ def test_no_gradient_is_formed_without_grad_mode() -> None:
 def test_a_frozen_head_still_passes_the_gradient_on() -> None:
     batch = random_batch([20, 11], vocab_size=V)
     _, hidden, weight = run(LossConfig(), batch)
-    loss = build_loss(LossConfig(), vocab=VocabRange.of(V, PADDED, None), sequence_parallel=False)
+    loss = Loss(LossConfig(), vocab=VocabRange.of(V, PADDED, None), sequence_parallel=False)
     x = hidden.detach().requires_grad_()
     loss(x, weight.detach(), batch).numerator.backward()
     assert torch.equal(x.grad, hidden.grad)
@@ -281,15 +281,15 @@ def test_a_frozen_head_still_passes_the_gradient_on() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_non_finite_token_is_named(value: float) -> None:
     batch = random_batch([20, 11], vocab_size=V)
-    loss = build_loss(LossConfig(), vocab=VocabRange.of(V, PADDED, None), sequence_parallel=False)
+    loss = Loss(LossConfig(), vocab=VocabRange.of(V, PADDED, None), sequence_parallel=False)
     hidden, weight = exact((31, 1, H), 1.0, 1), exact((PADDED, H), 1.0, 2)
-    loss.finite.raise_if_any(loss(hidden, weight, batch).report)
+    loss.finite.raise_if_any(loss(hidden, weight, batch).metric_sums)
     hidden[25] = value  # document 101 starts at row 20; row 25 is about its token 6
-    report = loss(hidden, weight, batch).report
+    sums = loss(hidden, weight, batch).metric_sums
     with pytest.raises(NonFiniteLoss, match=r"document 101, token 6 is not finite \(1 such"):
-        loss.finite.raise_if_any(report)
+        loss.finite.raise_if_any(sums)
     with pytest.raises(NonFiniteLoss, match="another rank"):
-        loss.finite.raise_if_any(report)  # the step is forgotten; only the pooled count speaks
+        loss.finite.raise_if_any(sums)  # the step is forgotten; only the pooled count speaks
 
 
 def test_huber_gradient_reaches_the_hidden_states() -> None:

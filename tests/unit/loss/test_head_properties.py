@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lopd_megatron.config import LossConfig
-from lopd_megatron.loss import build_loss
+from lopd_megatron.loss import Loss
 from lopd_megatron.parallel.vocab import VocabRange
 from tests.unit.loss.dense import dense_loss, random_batch
 
@@ -45,7 +45,7 @@ def test_head_equals_the_dense_reference(
     w = (torch.randn(vocab_size + padding, 9, generator=generator) * 32).round() / 32
     hidden, weight = x.clone()[:, None].requires_grad_(), w.clone().requires_grad_()
     vocab = VocabRange.of(vocab_size, vocab_size + padding, None)
-    output = build_loss(config, vocab=vocab, sequence_parallel=False)(hidden, weight, batch)
+    output = Loss(config, vocab=vocab, sequence_parallel=False)(hidden, weight, batch)
     output.numerator.backward()
     dense_x, dense_w = x.double().requires_grad_(), w[:vocab_size].double().requires_grad_()
     numerator, logprobs, _ = dense_loss(config, dense_x, dense_w, batch)
@@ -53,7 +53,7 @@ def test_head_equals_the_dense_reference(
     assert hidden.grad is not None
     assert weight.grad is not None
     assert abs(output.numerator.item() - numerator.item()) <= 1e-6 * max(1.0, abs(numerator.item()))
-    assert abs(float(output.report["student_logprobs"][0] - logprobs.sum())) <= 1e-6 * max(
+    assert abs(float(output.metric_sums["student_logprobs"][0] - logprobs.sum())) <= 1e-6 * max(
         1.0, float(logprobs.abs().sum())
     )
     for gradient, reference in ((hidden.grad[:, 0], dense_x.grad), (weight.grad[:vocab_size], dense_w.grad)):

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lopd_megatron.model.flops import forward_flops, train_flops
-from recipes.models import QWEN3_8B
+from lopd_megatron.recipes.models import QWEN3_8B
 from tests.unit.model.tiny import MOE, QWEN3, spec_of
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lopd_megatron.config import RunConfig
 from lopd_megatron.model.memory_estimate import OVERHEAD_BYTES
 from lopd_megatron.model.planning import feasible_layouts
-from recipes.models import QWEN3_8B, QWEN3_30B_A3B, QWEN3_32B
+from lopd_megatron.recipes.models import QWEN3_8B, QWEN3_30B_A3B, QWEN3_32B
 
 GIB = 1024**3
 

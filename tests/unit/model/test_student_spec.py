@@ -112,7 +112,7 @@ def test_impossible_layouts_are_refused(hf: dict, layout: dict[str, Any], messag
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not a Hugging Face model folder"):
+    with pytest.raises(UserError, match="does not exist; give a Hugging Face folder"):
         read_hf_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(QWEN3))
     assert read_hf_config(tmp_path) == QWEN3

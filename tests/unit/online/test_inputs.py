@@ -14,10 +14,11 @@ from lopd_megatron.config import EngineConfig, RunConfig
 from lopd_megatron.errors import UserError
 from lopd_megatron.fingerprints import model_fingerprint
 from lopd_megatron.inference.server import VllmServer
-from lopd_megatron.lineage import Lineage, write_model_lineage
+from lopd_megatron.lineage import Lineage
 from lopd_megatron.online.inputs import check_online_inputs, read_prompts, sampling
 from lopd_megatron.records import PROMPT_SCHEMA
 from lopd_megatron.rollouts import shard_files
+from tests.helpers.models import write_model_lineage
 
 
 def model(folder: Path, value: float) -> Path:
@@ -83,4 +84,4 @@ def test_only_one_temperature_is_right(config: RunConfig) -> None:
 
 def test_a_server_of_no_model_is_refused_before_a_process_starts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere"):
-        VllmServer("teacher", str(tmp_path / "nowhere"), EngineConfig(), tmp_path / "log")
+        VllmServer("teacher", str(tmp_path / "nowhere"), EngineConfig(), tmp_path / "log", task="score")

@@ -15,12 +15,16 @@ from lopd_megatron.data.alignment import AlignmentReport, Sample
 from lopd_megatron.data.build_dataset import build_dataset
 from lopd_megatron.data.filters import Filters
 from lopd_megatron.evaluation.accuracy import summarize
+from lopd_megatron.evaluation.divergence import Measured
 from lopd_megatron.files import write_json
 from lopd_megatron.fingerprints import Fingerprint
-from lopd_megatron.lineage import Lineage, write_model_lineage
+from lopd_megatron.lineage import Lineage
+from lopd_megatron.recipes import tiny, tiny_task
 from lopd_megatron.records import PROMPT_SCHEMA, ROLLOUT_SCHEMA, SCORE_SCHEMA
 from lopd_megatron.rollouts.shard_files import Kind, write_shard
-from recipes import tiny, tiny_task
+from lopd_megatron.train.held_out import Validation
+from lopd_megatron.train.metrics import JsonLines
+from tests.helpers.models import write_model_lineage
 
 ITERATIONS = 60
 ROLLOUTS = 48
@@ -39,7 +43,14 @@ def sample_run(root: Path, *, seed: int = 0) -> Path:
     _write_prompts(run, data)
     rollouts = _rollouts(rng, ROLLOUTS, spread=1.2)
     _write_shards(run, rollouts, data)
-    build_dataset(run.scored, run.dataset_prefix, filters=Filters(1024), proof=_proof, proof_documents=16)
+    build_dataset(
+        run.scores,
+        run.dataset_prefix,
+        filters=Filters(1024),
+        special_ids={2},
+        proof=_proof,
+        proof_documents=16,
+    )
     config.dump(run.config)
     lines = "".join(json.dumps(line) + "\n" for line in metric_lines())
     run.metrics.write_text(lines)
@@ -50,7 +61,8 @@ def sample_run(root: Path, *, seed: int = 0) -> Path:
     after = Paths(root / "after")
     own = {"kind": "model", "fingerprint": "d" * 64, "origin": str(run.hf)}
     _write_shards(after, _rollouts(rng, 8, spread=0.3), data.model_copy(update={"generator": own}))
-    jobs = {"rollouts": 61.0, "score": 24.0, "train": 98.0, "build": 7.0}
+    _write_signals(run, rng)
+    jobs = {"rollouts": 61.0, "scores": 24.0, "train": 98.0, "dataset": 7.0}
     write_json(root / "seconds.json", {f"lightning_opd-{job}": value for job, value in jobs.items()})
     return run.run_dir
 
@@ -67,7 +79,7 @@ def metric_lines(count: int = ITERATIONS) -> list[dict[str, Any]]:
             "student_logprobs": -0.3 - drift,
             "entropy": 0.12 + 0.1 * fall,
             "teacher_logprobs": -0.55,
-            "reverse_kl": kl,
+            "log_ratio_mean": kl,
             "k2": 0.3 + 1.4 * fall,
             "clip_fraction": 0.03 + 0.05 * fall,
             "drift_kl": drift,
@@ -91,6 +103,26 @@ def metric_lines(count: int = ITERATIONS) -> list[dict[str, Any]]:
             line["valid_k2"] = 0.4 + 1.4 * fall
         lines.append(line)
     return lines
+
+
+def _write_signals(run: Paths, rng: np.random.Generator) -> None:
+    """What validation and `measure` leave: a k2 that falls, and fresh responses nearer to the teacher."""
+    tokens = rng.integers(20, 60, 32).astype(float)
+    level = rng.normal(0.5, 0.1, 32)
+    log = JsonLines(run.validation, -1)
+    for iteration in range(0, ITERATIONS + 1, 10):
+        values = level + 1.4 * math.exp(-iteration / 18) + rng.normal(0, 0.01, 32)
+        log.write(
+            iteration, Validation(iteration, "k2", values * tokens, tokens, 0.5 * values * tokens).line()
+        )
+    log.close()
+    run.measure.mkdir()
+    for name, kl, stopped in (("before", 0.32, 30.0), ("after", 0.08, 31.0)):
+        sampled = (kl + rng.normal(0, 0.05, 32)) * tokens
+        ones = np.ones(32)
+        stops = np.where(np.arange(32) < stopped, 1.0, 0.0)
+        found = Measured(8, tokens, sampled, sampled, 0.8 * kl * tokens, ones, stops, -0.2)
+        write_json(run.measure / f"{name}.json", {"name": name, "key": name, **found.summary()})
 
 
 def _model(root: Path, name: str) -> Fingerprint:
@@ -146,16 +178,15 @@ def _write_prompts(run: Paths, lineage: Lineage) -> None:
 def _write_shards(run: Paths, rows: list[dict[str, Any]], lineage: Lineage) -> None:
     stages: list[tuple[Path, pa.Schema, Kind]] = [
         (run.rollouts, ROLLOUT_SCHEMA, "rollouts"),
-        (run.scored, SCORE_SCHEMA, "scores"),
+        (run.scores, SCORE_SCHEMA, "scores"),
     ]
     for folder, schema, kind in stages:
         folder.mkdir(parents=True)
         table = pa.Table.from_pylist([{name: row[name] for name in schema.names} for row in rows], schema)
         write_shard(folder, 0, table, kind=kind, num_shards=1, lineage=lineage)
-        line = {"time": 100.0, "tokens": 2400, "tokens_per_second": 600.0}
-        (folder / "metrics-0-of-1.jsonl").write_text(
-            json.dumps(line) + "\n" + json.dumps(line | {"time": 106.0}) + "\n"
-        )
+        # Two shards, a kill, a third one by a new process.
+        lines = [{"seconds": seconds, "tokens": 2400, "tokens_per_second": 600.0} for seconds in (4, 10, 3)]
+        (folder / "metrics-0-of-1.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _proof(samples: list[Sample]) -> AlignmentReport:

@@ -6,6 +6,7 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lopd_megatron.errors import UserError
@@ -15,6 +16,7 @@ from lopd_megatron.report.run_folder import read_run
 SECTIONS = (
     "lineage",
     "data",
+    "held-out",
     "training",
     "position",
     "staleness",
@@ -79,14 +81,52 @@ def test_a_whole_run(whole_run: Path) -> None:
         "52 read, 48 kept",
         "Before training",
         "After training",
-        "reverse_kl",
+        "log_ratio_mean",
+        "not a KL once the student has moved",
+        "k2 (½ squared log-ratio to the teacher), held out: ",
+        "KL to the teacher over the whole vocabulary, fresh responses",
+        "stop by themselves",
         "effective_sample_fraction",
         "Over the student at the start",
         "seconds.json",
     ):
         assert shown in page.text, shown
     assert page.text.count("✓ holds") == 3
+    assert page.text.count("better") == 4
     assert "not there yet" not in page.text
+
+
+@pytest.mark.parametrize(("change", "verdict"), [(0.5, "worse"), (0.0, "no change")])
+def test_the_headline_says_what_validation_says(run: Path, change: float, verdict: str) -> None:
+    shutil.rmtree(run / "measure")
+    lines = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
+    rng = np.random.default_rng(0)
+    moved = [
+        s + (change + rng.normal(0, 0.01)) * n
+        for s, n in zip(lines[0]["sums"], lines[0]["tokens"], strict=True)
+    ]
+    lines[-1]["sums"] = moved
+    (run / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = Page(render(read_run(run)))
+    assert f"{verdict}k2 (½ squared log-ratio to the teacher), held out" in page.text
+    assert "the best held-out k2 was" in page.text  # in between it was better
+
+
+def test_a_run_that_held_nothing_out_says_so(run: Path) -> None:
+    shutil.rmtree(run / "measure")
+    (run / "validation.jsonl").unlink()
+    assert "Better or worse? Not known" in Page(render(read_run(run))).text
+
+
+def test_a_log_ratio_of_an_older_version_is_not_called_a_kl(run: Path) -> None:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    old = [line | {"reverse_kl": -0.2, "opd_reverse_kl": -0.2} for line in lines]
+    for line in old:
+        line.pop("log_ratio_mean")
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
+    found = read_run(run)
+    assert found.metrics[0]["log_ratio_mean"] == -0.2
+    assert not {"reverse_kl", "opd_reverse_kl"} & found.metrics[0].keys()
 
 
 def test_no_network_and_no_scripts(whole_run: Path) -> None:
@@ -134,7 +174,7 @@ def test_nothing_to_compare_with(run: Path) -> None:
         shutil.rmtree(run.parent / name)
     (run.parent / "seconds.json").unlink()
     page = Page(render(read_run(run)))
-    assert "no run beside this one holds scored rollouts" in page.text
+    assert "no fresh responses of the exported student are scored" in page.text
     assert "worker logs, without start-up" in page.text
     assert "Over the student" not in page.text
 

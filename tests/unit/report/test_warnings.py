@@ -59,9 +59,32 @@ def test_answers_of_a_teacher_are_not_stale_rollouts(run: RunFolder) -> None:
 def test_training_that_is_not_finished_or_gets_worse(run: RunFolder) -> None:
     half = dataclasses.replace(quiet(run), metrics=quiet(run).metrics[:20])
     assert findings(half) == ["training stands at iteration 20 of 60"]
-    lines = [line | {"reverse_kl": line["iteration"] / 100} for line in run.metrics]
-    (found,) = findings(dataclasses.replace(quiet(run), metrics=lines))
-    assert "reverse_kl rose from 0.0100 to 0.6000" in found
+    told = [{"iteration": 7, "key": "k2_rises", "text": "k2 rose from 0.3 to 4"}]
+    assert findings(dataclasses.replace(quiet(run), warnings=told)) == ["iteration 7: k2 rose from 0.3 to 4"]
+
+
+def test_stop_tokens(run: RunFolder) -> None:
+    stops = run.datasets[0].stops
+    assert stops is not None
+    (found,) = findings(with_manifest(quiet(run), stops=stops | {"teacher_logprob": -9.0}))
+    assert "mean log-prob of the tokens that end the rollouts is -9.0 nats" in found
+    (found,) = findings(with_manifest(quiet(run), stops=stops | {"special_k2_share": 0.5}))
+    assert "50% of the loss at the start is carried by" in found
+    fewer = run.measurements | {
+        "after": run.measurements["after"] | {"stopped": {"value": 0.4, "standard_error": 0.1}}
+    }
+    (found,) = findings(dataclasses.replace(quiet(run), measurements=fewer))
+    assert "40% of fresh responses stop by themselves" in found
+
+
+def test_the_best_checkpoint_is_named(run: RunFolder) -> None:
+    worse = dataclasses.replace(run.validations[0], iteration=70)
+    after = dataclasses.replace(quiet(run), validations=[*run.validations, worse], checkpoints=[50, 60])
+    (found,) = findings(after)
+    assert "at iteration 60" in found
+    assert "is kept" in found
+    (found,) = findings(dataclasses.replace(after, checkpoints=[50]))
+    assert "is not kept (checkpoint.keep_every)" in found
 
 
 def test_documents_that_failed_and_shards_that_lack(run: RunFolder) -> None:
@@ -69,8 +92,8 @@ def test_documents_that_failed_and_shards_that_lack(run: RunFolder) -> None:
     shard = run.scored.shards[0] | {"failed": 3, "num_shards": 4}
     broken = dataclasses.replace(run.scored, shards=[shard])
     found = findings(dataclasses.replace(quiet(run), scored=broken))
-    assert found[0].startswith("scored: 1 of 4 shards are finished")
-    assert found[1].startswith("scored: 3 documents failed")
+    assert found[0].startswith("scores: 1 of 4 shards are finished")
+    assert found[1].startswith("scores: 3 documents failed")
 
 
 def test_data(run: RunFolder) -> None:

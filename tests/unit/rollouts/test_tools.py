@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lopd_megatron.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[3]
 RECIPE = """
 from lopd_megatron.config import RunConfig
 
@@ -22,13 +22,8 @@ def small() -> RunConfig:
 """
 
 
-def main_of(tool: str) -> object:
-    spec = importlib.util.spec_from_file_location(f"tool_{tool}", ROOT / "tools" / f"{tool}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+def main_of(verb: str) -> Callable[[], int]:
+    return importlib.import_module(f"lopd_megatron.commands.{verb}").main
 
 
 @pytest.fixture
@@ -40,9 +35,9 @@ def recipe(tmp_path: Path) -> str:
 @pytest.mark.parametrize(
     ("tool", "written"),
     [
-        ("prepare_prompts", "run/prompts"),
-        ("generate_rollouts", "run/rollouts"),
-        ("score_rollouts", "run/scores"),
+        ("prompts", "run/prompts"),
+        ("rollouts", "run/rollouts"),
+        ("scores", "run/scores"),
         ("evaluate", "run/evaluation/small.json"),
     ],
 )
@@ -55,7 +50,7 @@ def test_dry_run_says_what_it_would_do_and_does_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sys, "argv", [tool, "--recipe", recipe, "--dry-run", "rollouts.seed=5"])
-    assert main_of(tool)() == 0  # type: ignore[operator]
+    assert main_of(tool)() == 0
     out = capsys.readouterr().out
     assert f"would write: {tmp_path}/{written}" in out
     assert '"seed": 5' in out
@@ -66,4 +61,4 @@ def test_every_model_needs_its_own_name(recipe: str, monkeypatch: pytest.MonkeyP
     command = ["evaluate", "--recipe", recipe, "--model", "a", "--model", "b", "--name", "x", "--name", "x"]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(UserError, match="2 --model need as many different --name, got 1"):
-        main_of("evaluate")()  # type: ignore[operator]
+        main_of("evaluate")()

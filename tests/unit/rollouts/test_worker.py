@@ -205,7 +205,7 @@ def test_a_shard_that_was_changed_or_not_finished_is_refused(tmp_path: Path) -> 
         shard_files.complete_manifests(folder, "rollouts")
     with pytest.raises(UserError, match="holds scores"):
         shard_files.complete_manifests(tmp_path / "scores", "rollouts")
-    with pytest.raises(UserError, match=r"0 of 1 shards of prompts; run tools/prepare_prompts.py"):
+    with pytest.raises(UserError, match=r"0 of 1 shards of prompts; run lopd prompts"):
         shard_files.complete_manifests(tmp_path / "nowhere", "prompts")
 
 

@@ -13,11 +13,11 @@ import pytest
 from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import UserError
 from lopd_megatron.files import write_json
+from lopd_megatron.recipes import tiny
+from lopd_megatron.recipes.study.claims import CLAIMS
+from lopd_megatron.recipes.study.tiny import Study
 from lopd_megatron.study.report import table
 from lopd_megatron.study.statistics import Claim, interval, quality
-from recipes import tiny
-from recipes.study.claims import CLAIMS
-from recipes.study.tiny import Study
 
 
 def results(**cells: list[float]) -> dict[str, dict[int, Any]]:
@@ -96,10 +96,9 @@ def test_tables_are_markdown() -> None:
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """tools/study.py in an empty folder, asked for the groups core and clip."""
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[3] / "tools"))
+    """`lopd study` in an empty folder, asked for the groups core and clip."""
     monkeypatch.chdir(tmp_path)
-    return importlib.import_module("study")
+    return importlib.import_module("lopd_megatron.commands.study")
 
 
 def test_a_kept_result_is_not_made_again_and_a_stale_one_is(tool: Any) -> None:

@@ -11,6 +11,7 @@ from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import UserError
 from lopd_megatron.train.profile import ProfileHook
 from lopd_megatron.train.run_rank import out_of_memory_message
+from lopd_megatron.train.setup import standard_hooks
 from lopd_megatron.train.validate import ValidateHook
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -86,8 +87,7 @@ def test_a_profile_window_is_first_and_last(window: list[int]) -> None:
         ProfileHook(config)
 
 
-def test_validation_needs_data() -> None:
-    config = RunConfig()
-    config.train.eval_interval = 5
-    with pytest.raises(UserError, match=r"data\.valid_prefixes"):
-        ValidateHook(config)
+def test_a_run_without_held_out_data_does_not_validate(tmp_path: Path) -> None:
+    config = RunConfig(run_dir=str(tmp_path))
+    assert config.train.eval_interval
+    assert not [hook for hook in standard_hooks(config) if isinstance(hook, ValidateHook)]

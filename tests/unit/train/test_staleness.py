@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from lopd_megatron.config import StalenessConfig
 from lopd_megatron.train.staleness import StalenessHook
+from lopd_megatron.train.warning_log import WarningLog
 
 TRAINER: Any = SimpleNamespace(iteration=7, topology=SimpleNamespace(rank=0))
 
@@ -28,13 +30,18 @@ def report_of(log_ratio: np.ndarray, valid_k2: float | None = None) -> dict[str,
     return {name: torch.tensor(pair, dtype=torch.float64) for name, pair in pairs.items()}
 
 
-def advice(hook: StalenessHook, report: dict[str, torch.Tensor]) -> float:
-    hook.after_step(TRAINER, SimpleNamespace(report=report))  # type: ignore[arg-type]
-    return float(report["refresh_advised"][0])
+def advice(hook: StalenessHook, sums: dict[str, torch.Tensor]) -> float:
+    hook.after_step(TRAINER, SimpleNamespace(metric_sums=sums))  # type: ignore[arg-type]
+    return float(sums["refresh_advised"][0])
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
 
 
 def hook(**settings: Any) -> StalenessHook:
-    return StalenessHook(StalenessConfig(window=3, **settings))
+    return StalenessHook(StalenessConfig(window=3, **settings), WarningLog(Path("warnings.jsonl")))
 
 
 def test_fresh_rollouts_are_not_stale(capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,6 +75,6 @@ def test_a_rising_held_out_score_is_enough() -> None:
 
 
 def test_a_dataset_without_rollout_logprobs_has_no_advice() -> None:
-    report: dict[str, torch.Tensor] = {}
-    hook().after_step(TRAINER, SimpleNamespace(report=report))  # type: ignore[arg-type]
-    assert report == {}
+    sums: dict[str, torch.Tensor] = {}
+    hook().after_step(TRAINER, SimpleNamespace(metric_sums=sums))  # type: ignore[arg-type]
+    assert sums == {}

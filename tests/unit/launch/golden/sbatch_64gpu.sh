@@ -27,7 +27,7 @@ job[0]=$(sbatch --parsable \
   --exclusive \
   --mem=0 \
   slurm/prompts.sbatch \
-  python tools/prepare_prompts.py --recipe recipes/qwen3_32b.py:sft parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
+  python -m lopd_megatron prompts recipes/qwen3_32b.py:sft parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
 echo qwen3_32b-sft-prompts "${job[0]}"
 
 mkdir -p runs/qwen3_32b/sft/logs/rollouts
@@ -45,14 +45,14 @@ job[1]=$(sbatch --parsable \
   --mem=0 \
   --dependency=afterok:"${job[0]}" \
   slurm/rollouts.sbatch \
-  python tools/generate_rollouts.py --recipe recipes/qwen3_32b.py:sft parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
+  python -m lopd_megatron rollouts recipes/qwen3_32b.py:sft parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
 echo qwen3_32b-sft-rollouts "${job[1]}"
 
-mkdir -p runs/qwen3_32b/sft/logs/build
+mkdir -p runs/qwen3_32b/sft/logs/dataset
 job[2]=$(sbatch --parsable \
   --export=ALL \
-  --job-name=qwen3_32b-sft-build \
-  --output=runs/qwen3_32b/sft/logs/build/%j.batch.log \
+  --job-name=qwen3_32b-sft-dataset \
+  --output=runs/qwen3_32b/sft/logs/dataset/%j.batch.log \
   --time=04:00:00 \
   --nodes=1 \
   --account=llm \
@@ -61,8 +61,8 @@ job[2]=$(sbatch --parsable \
   --mem=0 \
   --dependency=afterok:"${job[1]}" \
   slurm/dataset.sbatch \
-  python tools/build_dataset.py --recipe recipes/qwen3_32b.py:sft parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
-echo qwen3_32b-sft-build "${job[2]}"
+  python -m lopd_megatron dataset recipes/qwen3_32b.py:sft parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
+echo qwen3_32b-sft-dataset "${job[2]}"
 
 mkdir -p runs/qwen3_32b/sft/logs/train
 job[3]=$(sbatch --parsable \
@@ -78,7 +78,7 @@ job[3]=$(sbatch --parsable \
   --mem=0 \
   --dependency=afterok:"${job[2]}" \
   slurm/train.sbatch \
-  python -m lopd_megatron.launch.torchrun --nnodes 8 --nproc-per-node 8 -m lopd_megatron.train --recipe recipes/qwen3_32b.py:sft parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
+  python -m lopd_megatron.launch.torchrun --nnodes 8 --nproc-per-node 8 -m lopd_megatron.train recipes/qwen3_32b.py:sft parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
 echo qwen3_32b-sft-train "${job[3]}"
 
 mkdir -p runs/qwen3_32b/sft/logs/export
@@ -94,7 +94,7 @@ job[4]=$(sbatch --parsable \
   --mem=0 \
   --dependency=afterok:"${job[3]}" \
   slurm/export.sbatch \
-  python tools/convert_checkpoint.py export --checkpoint runs/qwen3_32b/sft/checkpoints --hf models/Qwen3-32B --output runs/qwen3_32b/sft/hf --overwrite)
+  python -m lopd_megatron export recipes/qwen3_32b.py:sft parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
 echo qwen3_32b-sft-export "${job[4]}"
 
 mkdir -p runs/qwen3_32b/sft/logs/evaluate
@@ -111,7 +111,7 @@ job[5]=$(sbatch --parsable \
   --mem=0 \
   --dependency=afterok:"${job[4]}" \
   slurm/evaluate.sbatch \
-  python tools/evaluate.py --recipe recipes/qwen3_32b.py:sft parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
+  python -m lopd_megatron evaluate recipes/qwen3_32b.py:sft parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
 echo qwen3_32b-sft-evaluate "${job[5]}"
 
 export LOPD_LOGS=runs/qwen3_32b/lightning_opd/logs
@@ -133,7 +133,7 @@ job[6]=$(sbatch --parsable \
   --mem=0 \
   --dependency=afterok:"${job[4]}" \
   slurm/prompts.sbatch \
-  python tools/prepare_prompts.py --recipe recipes/qwen3_32b.py:lightning_opd parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
+  python -m lopd_megatron prompts recipes/qwen3_32b.py:lightning_opd parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
 echo qwen3_32b-lightning_opd-prompts "${job[6]}"
 
 mkdir -p runs/qwen3_32b/lightning_opd/logs/rollouts
@@ -151,14 +151,14 @@ job[7]=$(sbatch --parsable \
   --mem=0 \
   --dependency=afterok:"${job[6]}":"${job[4]}" \
   slurm/rollouts.sbatch \
-  python tools/generate_rollouts.py --recipe recipes/qwen3_32b.py:lightning_opd parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
+  python -m lopd_megatron rollouts recipes/qwen3_32b.py:lightning_opd parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
 echo qwen3_32b-lightning_opd-rollouts "${job[7]}"
 
-mkdir -p runs/qwen3_32b/lightning_opd/logs/score
+mkdir -p runs/qwen3_32b/lightning_opd/logs/scores
 job[8]=$(sbatch --parsable \
   --export=ALL \
-  --job-name=qwen3_32b-lightning_opd-score \
-  --output=runs/qwen3_32b/lightning_opd/logs/score/%j.batch.log \
+  --job-name=qwen3_32b-lightning_opd-scores \
+  --output=runs/qwen3_32b/lightning_opd/logs/scores/%j.batch.log \
   --time=04:00:00 \
   --nodes=1 \
   --gpus-per-node=8 \
@@ -168,14 +168,14 @@ job[8]=$(sbatch --parsable \
   --mem=0 \
   --dependency=afterok:"${job[7]}" \
   slurm/scores.sbatch \
-  python tools/score_rollouts.py --recipe recipes/qwen3_32b.py:lightning_opd parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
-echo qwen3_32b-lightning_opd-score "${job[8]}"
+  python -m lopd_megatron scores recipes/qwen3_32b.py:lightning_opd parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
+echo qwen3_32b-lightning_opd-scores "${job[8]}"
 
-mkdir -p runs/qwen3_32b/lightning_opd/logs/build
+mkdir -p runs/qwen3_32b/lightning_opd/logs/dataset
 job[9]=$(sbatch --parsable \
   --export=ALL \
-  --job-name=qwen3_32b-lightning_opd-build \
-  --output=runs/qwen3_32b/lightning_opd/logs/build/%j.batch.log \
+  --job-name=qwen3_32b-lightning_opd-dataset \
+  --output=runs/qwen3_32b/lightning_opd/logs/dataset/%j.batch.log \
   --time=04:00:00 \
   --nodes=1 \
   --account=llm \
@@ -184,8 +184,8 @@ job[9]=$(sbatch --parsable \
   --mem=0 \
   --dependency=afterok:"${job[8]}" \
   slurm/dataset.sbatch \
-  python tools/build_dataset.py --recipe recipes/qwen3_32b.py:lightning_opd parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
-echo qwen3_32b-lightning_opd-build "${job[9]}"
+  python -m lopd_megatron dataset recipes/qwen3_32b.py:lightning_opd parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
+echo qwen3_32b-lightning_opd-dataset "${job[9]}"
 
 mkdir -p runs/qwen3_32b/lightning_opd/logs/train
 job[10]=$(sbatch --parsable \
@@ -201,7 +201,7 @@ job[10]=$(sbatch --parsable \
   --mem=0 \
   --dependency=afterok:"${job[4]}":"${job[9]}" \
   slurm/train.sbatch \
-  python -m lopd_megatron.launch.torchrun --nnodes 8 --nproc-per-node 8 -m lopd_megatron.train --recipe recipes/qwen3_32b.py:lightning_opd parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
+  python -m lopd_megatron.launch.torchrun --nnodes 8 --nproc-per-node 8 -m lopd_megatron.train recipes/qwen3_32b.py:lightning_opd parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
 echo qwen3_32b-lightning_opd-train "${job[10]}"
 
 mkdir -p runs/qwen3_32b/lightning_opd/logs/export
@@ -217,7 +217,7 @@ job[11]=$(sbatch --parsable \
   --mem=0 \
   --dependency=afterok:"${job[10]}":"${job[4]}" \
   slurm/export.sbatch \
-  python tools/convert_checkpoint.py export --checkpoint runs/qwen3_32b/lightning_opd/checkpoints --hf runs/qwen3_32b/sft/hf --output runs/qwen3_32b/lightning_opd/hf --overwrite)
+  python -m lopd_megatron export recipes/qwen3_32b.py:lightning_opd parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
 echo qwen3_32b-lightning_opd-export "${job[11]}"
 
 mkdir -p runs/qwen3_32b/lightning_opd/logs/evaluate
@@ -234,5 +234,5 @@ job[12]=$(sbatch --parsable \
   --mem=0 \
   --dependency=afterok:"${job[11]}" \
   slurm/evaluate.sbatch \
-  python tools/evaluate.py --recipe recipes/qwen3_32b.py:lightning_opd parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
+  python -m lopd_megatron evaluate recipes/qwen3_32b.py:lightning_opd parallel.tensor_model_parallel_size=4 parallel.pipeline_model_parallel_size=4 launch.stages.train.nodes=8 launch.account=llm launch.partition=batch 'launch.sbatch_options=[--exclusive,--mem=0]' launch.container_image=nvcr.io/nvidia/nemo:25.09 'launch.container_mounts=[/lustre/models:/lustre/models:ro]')
 echo qwen3_32b-lightning_opd-evaluate "${job[12]}"
