@@ -62,7 +62,9 @@ SCORE_SCHEMA = pa.schema(
 
 PROBLEM_RESULT_SCHEMA = pa.schema(
     [
-        pa.field("problem_id", pa.string(), nullable=False),
+        pa.field("problem_id", pa.string(), nullable=False),  # stable: a hash of the content
+        pa.field("source", pa.string(), nullable=False),  # the file it came from
+        pa.field("row", pa.int32(), nullable=False),  # its row there, from 0
         pa.field("sample_index", pa.int32(), nullable=False),
         pa.field("response_tokens", pa.list_(pa.int32()), nullable=False),
         pa.field("finish_reason", pa.string(), nullable=False),

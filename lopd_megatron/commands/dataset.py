@@ -80,14 +80,15 @@ def import_official(config: RunConfig, files: list[Path], filters: Filters, held
         tokenizer=tokenizer_fingerprint(student),
     )
     lineage.allow_mismatch = checked(config, lineage, files[0])
-    sources = [OfficialFile(file, prompt_tokenizer(student)) for file in files]
+    vocab_size = vocab_size_of(student)
+    sources = [OfficialFile(file, prompt_tokenizer(student), vocab_size) for file in files]
     return build_from(
         sources,
         config.paths.dataset_prefix,
         filters=filters,
         held_out=held_out,
         lineage=lineage,
-        vocab_size=vocab_size_of(student),
+        vocab_size=vocab_size,
     )
 
 

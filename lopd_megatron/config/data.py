@@ -26,7 +26,7 @@ class PromptsConfig(Section):
     """From data sets to prompt shards."""
 
     input: list[str] = []
-    """Files or HF dataset folders with `prompt` or `messages` (jsonl, Parquet, datasets.save_to_disk)."""
+    """jsonl, JSON or Parquet files, patterns such as `train-*.parquet`, or folders of a data set."""
     num_shards: int = Field(default=1, ge=1)
     """Files the prompts are split into; as many workers can share the stages that follow."""
     apply_chat_template: bool = True
@@ -37,6 +37,8 @@ class PromptsConfig(Section):
     """Longer prompts are dropped and counted."""
     max_prompts: int | None = Field(default=None, ge=1)
     """Use at most this many prompts; null: all."""
+    sample_seed: int | None = None
+    """Draw max_prompts at random with this seed; None: the first ones."""
     contamination_files: list[str] = []
     """Evaluation problems; a prompt that shares an n-gram with one is dropped and counted."""
     contamination_ngram: int = Field(default=13, ge=2)

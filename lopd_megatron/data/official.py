@@ -1,13 +1,15 @@
 """Reads the Parquet of the official Lightning OPD release (github.com/oldpilluwu/Lightning-OPD).
 
 One row: `prompt` (text or chat messages), `label`, and `metadata` with `response_tokens`, `loss_mask` and
-`teacher_log_probs`, [r] each, and `response` (text, not used). The response is ids already and is kept as it
-is. The prompt is text there, so it is tokenized here with the student's chat template. That format has no
-rollout log-probs and no finish reason: its datasets cannot pass the alignment proof; their manifests say so.
+`teacher_log_probs`, [r] each, and `response` (text, not used). `metadata` may be JSON text. The response is
+ids already and is kept as it is. The prompt is text there, so it is tokenized here with the student's chat
+template. That format has no rollout log-probs and no finish reason: its datasets cannot pass the alignment
+check; their manifests say so.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -17,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
+from jinja2.exceptions import TemplateError
 
 from lopd_megatron.data.column_files import checked_cast
 from lopd_megatron.data.shard_reader import RolloutBatch
@@ -36,6 +40,8 @@ class OfficialFile:
 
     path: Path
     tokenize: PromptTokenizer
+    vocab_size: int | None = None
+    """Response ids must be below it; None: not checked."""
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -44,18 +50,18 @@ class OfficialFile:
     @property
     def tokens(self) -> int:
         """Rows: the file does not say how many tokens it has."""
-        return pq.read_metadata(self.path).num_rows
+        with self._readable():
+            return pq.read_metadata(self.path).num_rows
 
     def prompt_ids(self) -> list[str]:
         """Hashes of the prompts as they are in the file."""
-        return [
-            _prompt_id(prompt)
-            for prompt in pq.read_table(self.path, columns=["prompt"])["prompt"].to_pylist()
-        ]
+        with self._readable():
+            prompts = pq.read_table(self.path, columns=["prompt"])["prompt"].to_pylist()
+        return list(map(_prompt_id, prompts))
 
     def batches(self) -> Iterator[RolloutBatch]:
         row = 0
-        with pq.ParquetFile(self.path) as file:
+        with self._readable(), pq.ParquetFile(self.path) as file:
             missing = {"prompt", "metadata"} - set(file.schema_arrow.names)
             if missing:
                 raise UserError(f"{self.path} has no column {min(missing)}; is it a Lightning OPD file?")
@@ -63,10 +69,19 @@ class OfficialFile:
                 yield self._batch(batch.to_pylist(), row)
                 row += batch.num_rows
 
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except (pa.ArrowException, OSError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise UserError(f"{self.path} cannot be read as Parquet ({first}); download it again") from None
+
     def _batch(self, rows: Sequence[dict[str, Any]], first: int) -> RolloutBatch:
-        prompts = [np.array(self.tokenize(row["prompt"]), np.int32) for row in rows]
+        prompts = [self._prompt(row["prompt"], first + i) for i, row in enumerate(rows)]
+        metadata = [self._metadata(row["metadata"], first + i) for i, row in enumerate(rows)]
         fields = {
-            name: [self._field(row, name, dtype, first + i) for i, row in enumerate(rows)]
+            name: [self._field(value, name, dtype, first + i) for i, value in enumerate(metadata)]
             for name, dtype in (
                 ("response_tokens", np.int32),
                 ("loss_mask", np.uint8),
@@ -78,6 +93,12 @@ class OfficialFile:
                 raise UserError(
                     f"{self.path}: row {first + i} has {len(tokens)} response_tokens, {len(mask)} loss_mask "
                     f"and {len(logprobs)} teacher_log_probs; score it again"
+                )
+            outside = tokens[(tokens < 0) | (tokens >= (self.vocab_size or np.inf))]
+            if len(outside):
+                raise UserError(
+                    f"{self.path}: row {first + i} has the token id {outside[0]}, the vocabulary of "
+                    f"model.student {self.vocab_size} tokens; set model.student to the model of this file"
                 )
         return RolloutBatch(
             document_ids=np.array([f"{self.path.name}/{first + i}" for i in range(len(rows))], object),
@@ -94,13 +115,38 @@ class OfficialFile:
             topk_logprobs=np.empty(0, np.float32),
         )
 
-    def _field(self, row: dict[str, Any], name: str, dtype: type[np.generic], number: int) -> np.ndarray:
-        value = (row["metadata"] or {}).get(name)
+    def _prompt(self, prompt: Any, number: int) -> np.ndarray:
+        if not prompt:
+            raise UserError(f"{self.path}: row {number} has no prompt; remove the row")
+        try:
+            tokens = self.tokenize(prompt)
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"{self.path}: row {number} has a prompt that is neither text nor messages ({first}); "
+                "mend the row"
+            ) from None
+        return np.array(tokens, np.int32)
+
+    def _metadata(self, value: Any, number: int) -> dict[str, Any]:
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError):
+                raise UserError(
+                    f"{self.path}: row {number} has metadata that is no JSON; write the file again"
+                ) from None
+        if not isinstance(value, dict | None):
+            raise UserError(f"{self.path}: row {number} has metadata that is no object; write the file again")
+        return value or {}
+
+    def _field(self, metadata: dict[str, Any], name: str, dtype: type[np.generic], number: int) -> np.ndarray:
+        value = metadata.get(name)
         if value is None:
             raise UserError(f"{self.path}: row {number} has no metadata.{name}; score the file first")
         try:
             return checked_cast(np.array(value), dtype, name) if value else np.empty(0, dtype)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise UserError(f"{self.path}: row {number}: {error}; score the file again") from None
 
 
@@ -115,8 +161,25 @@ def prompt_tokenizer(folder: str | Path) -> PromptTokenizer:
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
     def tokenize(prompt: Any) -> list[int]:
-        if not isinstance(prompt, str):
-            prompt = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+        messages = _messages(prompt)
+        if messages is not None:
+            prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
     return tokenize
+
+
+def _messages(prompt: Any) -> list[dict[str, str]] | None:
+    """The messages of a prompt, which may be their JSON text; None of a rendered text."""
+    if isinstance(prompt, str):
+        if not prompt.lstrip().startswith("[{"):
+            return None
+        try:
+            prompt = json.loads(prompt)
+        except (ValueError, RecursionError):
+            return None
+    turns = list(prompt)
+    for turn in turns:
+        if not isinstance(turn["role"], str) or not isinstance(turn["content"], str):
+            raise TypeError(f"a message is {turn!r}"[:100])
+    return turns

@@ -50,6 +50,7 @@ class Shard:
     tokens: int
     sha256: str
     lineage: Lineage
+    num_shards: int
 
     def prompt_ids(self) -> list[str]:
         """Of every row, in order. Reads one column."""
@@ -57,7 +58,7 @@ class Shard:
 
     def batches(self) -> Iterator[RolloutBatch]:
         """The rows in order, a few hundred at a time; the file's hash is checked first."""
-        if sha256_file(self.path) != self.sha256:
+        if not self.path.is_file() or sha256_file(self.path) != self.sha256:
             raise UserError(
                 f"{self.path} is not the file that its JSON describes; delete both, make them again"
             )
@@ -99,21 +100,39 @@ def read_shards(folder: Path) -> list[Shard]:
     if not paths:
         raise UserError(f"{folder} holds no shard-*.json; run the stage that writes it first")
     shards = [_read_shard(path) for path in paths]
-    values = [json.loads(path.read_text()) for path in paths]
-    expected = values[0].get("num_shards", len(paths))
-    if len(paths) != expected:
+    if len(paths) != shards[0].num_shards:
         raise UserError(
-            f"{folder} holds {len(paths)} of {expected} shards; run the stage that writes it to its end"
+            f"{folder} holds {len(paths)} of {shards[0].num_shards} shards; "
+            "run the stage that writes it to its end"
         )
     for shard in shards[1:]:
         # Workers may run their engines differently: smaller after an out-of-memory, another scoring path.
         lineage = shard.lineage.model_copy(update={"engine": shards[0].lineage.engine})
-        if shard.kind != shards[0].kind or not lineage.same_content(shards[0].lineage):
+        same = (shard.kind, shard.num_shards) == (shards[0].kind, shards[0].num_shards)
+        if not same or not lineage.same_content(shards[0].lineage):
             raise UserError(
-                f"{shard.path} has another kind or lineage than {shards[0].path.name}: two runs wrote into "
-                f"{folder}; delete it and make it again"
+                f"{shard.path} has another kind, number of shards or lineage than {shards[0].path.name}: "
+                f"two runs wrote into {folder}; delete it and make it again"
             )
+    _refuse_repeated_documents(shards)
     return shards
+
+
+def _refuse_repeated_documents(shards: list[Shard]) -> None:
+    """A shard that was copied over another would double its documents and lose the other's."""
+    home: dict[str, Path] = {}
+    for shard in shards:
+        try:
+            names = pq.read_table(shard.path, columns=["document_id"])["document_id"].to_pylist()
+        except (pa.ArrowException, OSError, KeyError):
+            continue  # not the file that was written: its hash is checked when it is read
+        for name in names:
+            if name in home:
+                raise UserError(
+                    f"{shard.path} holds the document {name}, as does {home[name].name}: a shard was copied "
+                    "over another; make both again"
+                )
+            home[name] = shard.path
 
 
 def _read_shard(path: Path) -> Shard:
@@ -125,6 +144,11 @@ def _read_shard(path: Path) -> Shard:
                 f"{path} describes {kind} of schema version {version}; rollouts or scored rollouts "
                 f"of version {SCHEMA_VERSION} are needed"
             )
+        if path.name != f"shard-{int(value['index']):05d}.json":
+            raise UserError(
+                f"{path} describes shard {value['index']}: a shard was copied over another; "
+                "make the shard again"
+            )
         return Shard(
             path.with_suffix(".parquet"),
             kind,
@@ -132,6 +156,7 @@ def _read_shard(path: Path) -> Shard:
             int(value["tokens"]),
             str(value["sha256"]),
             parse_lineage(value["lineage"], path),
+            int(value["num_shards"]),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not the JSON of a shard ({error}); make the shard again") from None

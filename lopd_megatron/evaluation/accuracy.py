@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lopd_megatron import estimates
+from lopd_megatron.errors import UserError
 
 
 def summarize(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -18,9 +19,10 @@ def summarize(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     by_problem: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         by_problem[row["problem_id"]].append(row)
-    samples = {len(group) for group in by_problem.values()}
-    assert len(samples) == 1, samples
-    k = samples.pop()
+    samples = sorted({len(group) for group in by_problem.values()})
+    if len(samples) != 1:
+        raise UserError(f"problems have {samples} answers each, not one number of answers; evaluate again")
+    k = samples[0]
     means = [sum(row["correct"] for row in group) / k for group in by_problem.values()]
     majorities = [float(_majority(group)) for group in by_problem.values()]
     passes = [float(any(row["correct"] for row in group)) for group in by_problem.values()]

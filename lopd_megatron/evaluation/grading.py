@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-import re
+import importlib.metadata
 from collections.abc import Callable
+from typing import Any
+
+from lopd_megatron.evaluation.grading_process import GradingProcess
 
 Grade = tuple[str | None, bool]
 Grader = Callable[[str, str, str], Grade]
 """(response text, finish reason, reference answer) → Grade"""
 
+_math = GradingProcess()
+
 
 def math_verify(response: str, finish_reason: str, answer: str) -> Grade:
-    """Mathematical equality with the last \\boxed{} of the response, or its last number where it has none.
+    """Mathematical equality with the last \\boxed{} of the response, or what it calls its answer without one.
 
-    The answer found is in sympy's form, so that 0.5 and 1/2 are one vote. Uses the math-verify package, whose
-    time limits need the main thread.
+    The answer found is in one form, so that 0.5 and 1/2 are one vote. At most 4 s; see `grading_process`.
     """
-    from math_verify import parse, verify
-
-    found = parse(last_boxed(response) or response)
-    gold = parse(f"\\boxed{{{answer}}}")
-    return (str(found[0]) if found else None), bool(found) and bool(verify(gold, found))
-
-
-def last_boxed(text: str) -> str | None:
-    """The last \\boxed{...} whose braces are closed."""
-    for match in reversed(list(re.finditer(r"\\boxed\{", text))):
-        depth = 1
-        for end in range(match.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return text[match.start() : end + 1]
-    return None
+    return _math.grade(response, answer)
 
 
 def exact(response: str, finish_reason: str, answer: str) -> Grade:
@@ -52,3 +41,14 @@ GRADERS: dict[str, Grader] = {"math_verify": math_verify, "exact": exact, "tiny"
 BOXED_INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 SUFFIXES = {"math_verify": BOXED_INSTRUCTION, "exact": "", "tiny": ""}
 """What a grader asks of the model, added to the question."""
+
+_VERSIONS = {"math_verify": 2, "exact": 1, "tiny": 1}
+"""Raised when a grader may give another grade: answers that are there are then graded again."""
+
+
+def grader_identity(name: str) -> dict[str, Any]:
+    """What grades depend on; stored with them."""
+    identity: dict[str, Any] = {"name": name, "version": _VERSIONS[name]}
+    if name == "math_verify":
+        identity["math-verify"] = importlib.metadata.version("math-verify")
+    return identity

@@ -31,7 +31,8 @@ from lopd_megatron.progress import say
 from lopd_megatron.records import SCORE_SCHEMA
 from lopd_megatron.rollouts import shard_files
 from lopd_megatron.rollouts.programs import Share, run_rollouts, run_scoring, score_with
-from lopd_megatron.rollouts.prompts import Template, collect, load_tokenizer, prompt_id, write_prompts
+from lopd_megatron.rollouts.prompts import collect, prompt_id, write_prompts
+from lopd_megatron.rollouts.templates import Template, load_tokenizer
 
 TOPK = 8
 """Tokens that both models name at every position where `scores.topk` is 0."""

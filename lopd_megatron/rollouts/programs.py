@@ -20,7 +20,7 @@ from lopd_megatron.rollouts.score_stage import ScoreJob
 from lopd_megatron.rollouts.share import Share, generator_model
 from lopd_megatron.rollouts.stop_tokens import check_stop_tokens
 from lopd_megatron.rollouts.teacher_proof import is_proved, prove_teacher_column
-from lopd_megatron.rollouts.worker import Stage, Worker
+from lopd_megatron.rollouts.worker import ShardJob, Worker
 
 
 def run_rollouts(config: RunConfig, share: Share) -> int:
@@ -43,16 +43,16 @@ def run_rollouts(config: RunConfig, share: Share) -> int:
             check_stop_tokens(stop, config.model.teacher, config.lineage.allow_mismatch)
         lineage.sft_teacher = read_model_lineage(model).sft_teacher
     lineage.parents = [shard_files.content_hash(prompts)]
-    stage = RolloutJob(sampling, rollouts.num_samples_per_prompt, rollouts.seed, lineage)
+    job = RolloutJob(sampling, rollouts.num_samples_per_prompt, rollouts.seed, lineage)
 
     def open_engine(engine_config: EngineConfig) -> VllmEngine:
         engine = VllmEngine(
             model, engine_config, task="generate", trust_remote_code=config.model.trust_remote_code
         )
-        lineage.engine[stage.kind] = engine.describe()
+        lineage.engine[job.kind] = engine.describe()
         return engine
 
-    return _run(stage, paths.prompts, paths.rollouts, len(prompts), rollouts.engine, open_engine, share)
+    return _run(job, paths.prompts, paths.rollouts, len(prompts), rollouts.engine, open_engine, share)
 
 
 def run_scoring(config: RunConfig, share: Share) -> int:
@@ -80,7 +80,7 @@ def score_with(config: RunConfig, model: str, folder: Path, share: Share) -> int
             f"scores.topk={scores.topk} leaves no token of the {vocab_size} of {model} beside the top-k and "
             f"the sampled one; set it to at most {vocab_size - 2}"
         )
-    stage = ScoreJob(scores.topk, lineage)
+    job = ScoreJob(scores.topk, lineage)
     num_shards, documents = len(rollouts), config.data.alignment_sample
 
     def prove(engine: Engine) -> None:
@@ -91,7 +91,7 @@ def score_with(config: RunConfig, model: str, folder: Path, share: Share) -> int
             documents=documents,
             tolerance=config.data.alignment_tolerance,
             topk=scores.topk,
-            path=stage.path,
+            path=job.path,
         )
 
     def open_engine(engine_config: EngineConfig) -> VllmEngine:
@@ -102,18 +102,18 @@ def score_with(config: RunConfig, model: str, folder: Path, share: Share) -> int
             max_topk=scores.topk,
             trust_remote_code=config.model.trust_remote_code,
         )
-        stage.path = choose_path(engine, scores.path, scores.topk, engine_config.max_model_len)
-        lineage.engine[stage.kind] = {**engine.describe(), "scoring_path": stage.path}
-        say(f"scoring path: {stage.path}")
+        job.path = choose_path(engine, scores.path, scores.topk, engine_config.max_model_len)
+        lineage.engine[job.kind] = {**engine.describe(), "scoring_path": job.path}
+        say(f"scoring path: {job.path}")
         return engine
 
     proved = not documents or share.index > 0 or is_proved(folder, num_shards)
     last = None if proved else prove
-    return _run(stage, paths.rollouts, folder, num_shards, scores.engine, open_engine, share, last)
+    return _run(job, paths.rollouts, folder, num_shards, scores.engine, open_engine, share, last)
 
 
 def _run(
-    stage: Stage,
+    job: ShardJob,
     source_folder: Path,
     folder: Path,
     num_shards: int,
@@ -123,14 +123,14 @@ def _run(
     last: Callable[[Engine], None] | None = None,
 ) -> int:
     """`last` is done with the open engine when all shards are there."""
-    shard_files.refuse_other_lineage(folder, num_shards, stage.lineage, but=["engine"])
+    shard_files.refuse_other_lineage(folder, num_shards, job.lineage, but=["engine"])
     done = shard_files.manifests(folder, num_shards)
     if len(done) == num_shards and last is None:
         say(f"{folder} is complete: {sum(manifest['rows'] for manifest in done)} documents")
         return _exit_code(sum(manifest["failed"] for manifest in done), folder, share)
-    say(f"{stage.kind}: starting vLLM")
+    say(f"{job.kind}: starting vLLM")
     engine = open_engine(engine_config)
-    worker = Worker(stage, source_folder, folder, num_shards, worker=(share.index, share.count))
+    worker = Worker(job, source_folder, folder, num_shards, worker=(share.index, share.count))
     failed = worker.run(engine, engine_config, open_engine)
     try:
         if last is not None:

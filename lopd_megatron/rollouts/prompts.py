@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,58 +14,15 @@ import pyarrow as pa
 
 from lopd_megatron.config import PromptsConfig, RunConfig
 from lopd_megatron.errors import UserError
-from lopd_megatron.files import sha256_file, write_json
+from lopd_megatron.files import write_json
 from lopd_megatron.fingerprints import tokenizer_fingerprint
 from lopd_megatron.lineage import Lineage
 from lopd_megatron.progress import progress, say
 from lopd_megatron.records import PROMPT_SCHEMA
 from lopd_megatron.rollouts import shard_files
+from lopd_megatron.rollouts.input_files import input_hash, short_names
 from lopd_megatron.rollouts.sources import Messages, read_rows
-
-
-def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
-    from transformers import AutoTokenizer
-
-    if not Path(model).is_dir():
-        raise UserError(f"model folder {model!r} does not exist; set model.student to a Hugging Face folder")
-    try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"model folder {model!r} has no usable tokenizer: {first}") from None
-
-
-@dataclass(frozen=True)
-class Template:
-    """How the content of a row becomes token ids."""
-
-    tokenizer: Any
-    apply_chat_template: bool
-    enable_thinking: bool
-
-    def tokens(self, content: str | Messages, suffix: str = "") -> list[int]:
-        """Token ids of one prompt; `suffix` is added to the last user turn."""
-        if not self.apply_chat_template:
-            if not isinstance(content, str):
-                raise UserError(
-                    "prompts.apply_chat_template=false needs `prompt` as text, but the input has messages"
-                )
-            return self.tokenizer(content + suffix, add_special_tokens=True)["input_ids"]
-        if isinstance(content, str):
-            messages = [{"role": "user", "content": content + suffix}]
-        else:
-            messages = [*content[:-1], {**content[-1], "content": content[-1]["content"] + suffix}]
-        if self.tokenizer.chat_template is None:
-            raise UserError(
-                "the tokenizer of model.student has no chat template; set prompts.apply_chat_template=false"
-            )
-        return self.tokenizer.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            enable_thinking=self.enable_thinking,
-        )
+from lopd_megatron.rollouts.templates import Template, load_tokenizer
 
 
 def prompt_id(tokens: Iterable[int]) -> str:
@@ -98,43 +55,120 @@ def _ngrams(words: list[str], n: int) -> Iterator[str]:
     return (" ".join(words[i : i + n]) for i in range(len(words) - n + 1))
 
 
+class _Kept:
+    """The rows that are kept: the first `limit`, or with a seed those of the smallest hash of seed and text.
+
+    The second is a random sample of the distinct rows in one pass, with `limit` rows in memory. It depends on
+    neither the order of the input nor its repetitions.
+    """
+
+    def __init__(self, limit: int | None, seed: int | None) -> None:
+        self.rows: dict[str, tuple[int, dict[str, Any]]] = {}
+        self._limit = limit
+        self._seed = seed
+        self._largest: list[tuple[int, str]] = []  # a heap of (−hash, name)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no later row can be kept."""
+        return self._seed is None and self._is_full
+
+    def draws(self, text_hash: bytes) -> bool:
+        """Whether a row with this text is among those drawn up to now."""
+        return self._seed is None or not self._is_full or self._rank(text_hash) < -self._largest[0][0]
+
+    def add(self, position: int, name: str, row: dict[str, Any], text_hash: bytes) -> None:
+        self.rows[name] = (position, row)
+        if self._seed is not None and self._limit is not None:
+            heapq.heappush(self._largest, (-self._rank(text_hash), name))
+            if len(self.rows) > self._limit:
+                del self.rows[heapq.heappop(self._largest)[1]]
+
+    @property
+    def _is_full(self) -> bool:
+        return self._limit is not None and len(self.rows) >= self._limit
+
+    def _rank(self, text_hash: bytes) -> int:
+        return int.from_bytes(hashlib.sha256(f"{self._seed} ".encode() + text_hash).digest()[:16], "big")
+
+
 def collect(config: PromptsConfig, template: Template) -> tuple[list[dict[str, Any]], Counter[str]]:
     """Rows of PROMPT_SCHEMA in the order of the input, and how many were read, kept, dropped and why."""
     if not config.input:
         raise UserError("prompts.input is empty; set it to the files with the prompts")
     contamination = Contamination(config.contamination_files, config.contamination_ngram)
-    kept: dict[str, dict[str, Any]] = {}
+    kept = _Kept(config.max_prompts, config.sample_seed)
     seen: set[bytes] = set()
     counts: Counter[str] = Counter(read=0, kept=0, too_long=0, duplicate=0, contaminated=0)
-    rows = (row for path in config.input for row in read_rows(path))
+    tokenized = same_tokens = answers = 0
+    names = short_names(config.input)
+    rows = ((name, row) for name, path in zip(names, config.input, strict=True) for row in read_rows(path))
     with progress(None, "prompts", "prompt") as bar:
-        for row in rows:
-            if config.max_prompts is not None and len(kept) >= config.max_prompts:
+        for source, row in rows:
+            if kept.is_complete:
                 break
             bar.update(1)
             counts["read"] += 1
-            content = hashlib.sha256(str(row.content).encode()).digest()
-            if content in seen:  # a release of DAPO-Math holds every prompt a hundred times: do not tokenize
+            if row.is_empty:
+                counts["empty"] += 1
+                continue
+            text = repr((row.content, row.tools)) if row.tools else str(row.content)
+            text_hash = hashlib.sha256(text.encode()).digest()[:16]
+            if (
+                text_hash in seen
+            ):  # a release of DAPO-Math holds every prompt a hundred times: do not tokenize
                 counts["duplicate"] += 1
                 continue
-            seen.add(content)
-            tokens = template.tokens(row.content)
+            seen.add(text_hash)
+            answers += row.answer_dropped
+            if not kept.draws(text_hash):
+                counts["not_drawn"] += 1
+                continue
+            tokenized += 1
+            tokens = template.row_tokens(row)
             name = prompt_id(tokens)
-            if len(tokens) > config.max_prompt_tokens:
+            if not tokens:
+                counts["empty"] += 1
+            elif len(tokens) > config.max_prompt_tokens:
                 counts["too_long"] += 1
-            elif name in kept:
+            elif name in kept.rows:
                 counts["duplicate"] += 1
+                same_tokens += 1
             elif contamination.touches(row.content):
                 counts["contaminated"] += 1
             else:
-                counts["kept"] += 1
-                kept[name] = {
-                    "prompt_id": name,
-                    "prompt_tokens": np.asarray(tokens, np.int32),
-                    "answer": row.answer,
-                    "source": row.source,
-                }
-    return list(kept.values()), counts
+                values = (name, np.asarray(tokens, np.int32), row.answer, source)
+                before = len(kept.rows)
+                kept.add(counts["read"], name, dict(zip(PROMPT_SCHEMA.names, values, strict=True)), text_hash)
+                if len(kept.rows) == before:  # another one went out
+                    counts["not_drawn"] += 1
+    counts["kept"] = len(kept.rows)
+    _refuse_collapse(counts, len(seen), tokenized, same_tokens)
+    if answers:
+        say(f"prompts: the last assistant turn of {answers} conversations is an answer and was left out")
+    return [row for _, row in sorted(kept.rows.values(), key=lambda item: item[0])], counts
+
+
+def _refuse_collapse(counts: Counter[str], texts: int, tokenized: int, same_tokens: int) -> None:
+    """A column or a tokenizer that makes all prompts alike is a mistake, however many are left.
+
+    Repeated texts alone are none: a data set may hold each prompt a hundred times.
+    """
+    if 2 * same_tokens > tokenized:
+        raise UserError(
+            f"{same_tokens} of {tokenized} different texts have the tokens of another ({_listed(counts)}); "
+            "copy the tokenizer and the chat template of the model again"
+        )
+    if 2 * counts["empty"] > counts["read"]:
+        raise UserError(
+            f"{counts['empty']} of {counts['read']} prompts are empty ({_listed(counts)}); "
+            "give the input whose prompt column holds the text"
+        )
+    if texts == 1 and counts["duplicate"] >= 9:
+        raise UserError(
+            f"all {counts['read']} rows hold one prompt ({_listed(counts)}); "
+            "give the input whose prompt column holds the questions"
+        )
 
 
 def write_prompts(folder: Path, rows: list[dict[str, Any]], num_shards: int, lineage: Lineage) -> None:
@@ -149,15 +183,21 @@ def write_prompts(folder: Path, rows: list[dict[str, Any]], num_shards: int, lin
         shard_files.write_shard(folder, index, table, kind="prompts", num_shards=num_shards, lineage=lineage)
 
 
+def input_lineage(paths: list[str]) -> dict[str, Any]:
+    """The inputs in order: `sha256` is compared with a later run's, `origin` only says where they were."""
+    return {"sha256": list(map(input_hash, paths)), "origin": paths}
+
+
 def run_prompts(config: RunConfig) -> int:
     """Input files → prompt shards. Returns the exit code."""
     section, folder, model = config.prompts, config.paths.prompts, config.model.student
     settings = section.model_dump(mode="json", exclude={"input", "contamination_files"})
     for name in ("input", "contamination_files"):
-        settings[name] = {Path(path).name: input_hash(path) for path in getattr(section, name)}
+        settings[name] = input_lineage(getattr(section, name))
     lineage = Lineage(tokenizer=tokenizer_fingerprint(model), prompts=settings)
     shard_files.refuse_other_lineage(folder, section.num_shards, lineage)
     if len(shard_files.manifests(folder, section.num_shards)) == section.num_shards:
+        shard_files.complete_manifests(folder, "prompts")
         say(f"{folder} is complete")
         return 0
     tokenizer = load_tokenizer(model, trust_remote_code=config.model.trust_remote_code)
@@ -173,12 +213,3 @@ def run_prompts(config: RunConfig) -> int:
 
 def _listed(counts: Counter[str]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items())
-
-
-def input_hash(path_text: str) -> str:
-    """Hash of a file, or of the files of a dataset folder."""
-    path = Path(path_text)
-    if not path.exists():
-        raise UserError(f"input {path_text!r} does not exist; give a jsonl or Parquet file or dataset folder")
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    return hashlib.sha256(" ".join(map(sha256_file, files)).encode()).hexdigest()

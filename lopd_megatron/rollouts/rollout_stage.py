@@ -31,7 +31,7 @@ from lopd_megatron.rollouts.shard_files import Kind
 
 @dataclass
 class RolloutJob:
-    """`num_samples` responses per prompt; `worker.Stage` for prompts → rollouts."""
+    """`num_samples` responses per prompt; `worker.ShardJob` for prompts → rollouts."""
 
     sampling: Sampling
     num_samples: int

@@ -16,7 +16,7 @@ from lopd_megatron.rollouts.shard_files import Kind
 
 @dataclass
 class ScoreJob:
-    """`worker.Stage` for rollouts → scored."""
+    """`worker.ShardJob` for rollouts → scored."""
 
     topk: int
     lineage: Lineage

@@ -23,6 +23,20 @@ from lopd_megatron.records import SCHEMA_VERSION
 
 Kind = Literal["prompts", "rollouts", "scores"]
 
+_MAKE_AGAIN = "delete its .json and .parquet and run the stage again"
+_FIELDS = {
+    "schema_version": int,
+    "kind": str,
+    "index": int,
+    "num_shards": int,
+    "rows": int,
+    "tokens": int,
+    "longest": int,
+    "failed": int,
+    "sha256": str,
+    "lineage": dict,
+}
+
 
 def parquet_path(folder: Path, index: int) -> Path:
     return folder / f"shard-{index:05d}.parquet"
@@ -38,11 +52,23 @@ def failures_path(folder: Path, index: int) -> Path:
 
 
 def read_manifest(folder: Path, index: int) -> dict[str, Any] | None:
-    """The JSON of a shard, or None where the shard does not exist (yet)."""
+    """The JSON of a shard, or None where the shard does not exist (yet); refused where it is another's."""
+    path = manifest_path(folder, index)
     try:
-        return json.loads(manifest_path(folder, index).read_text())
+        manifest = json.loads(path.read_text())
+        wrong = [name for name, kind in _FIELDS.items() if not isinstance(manifest[name], kind)]
     except FileNotFoundError:
         return None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is not the JSON of a shard ({error}); {_MAKE_AGAIN}") from None
+    if wrong or not 0 <= index < manifest["num_shards"]:
+        field = wrong[0] if wrong else "num_shards"
+        raise UserError(f"{path} is not the JSON of a shard ({field} {manifest[field]!r}); {_MAKE_AGAIN}")
+    if manifest["index"] != index:
+        raise UserError(
+            f"{path} describes shard {manifest['index']}: a shard was copied over another; {_MAKE_AGAIN}"
+        )
+    return manifest
 
 
 def manifests(folder: Path, num_shards: int) -> list[dict[str, Any]]:
@@ -52,10 +78,15 @@ def manifests(folder: Path, num_shards: int) -> list[dict[str, Any]]:
 
 
 def complete_manifests(folder: Path, kind: Kind) -> list[dict[str, Any]]:
-    """The JSONs of all shards of a finished stage, in order; refused while one is missing."""
-    first = next(iter(sorted(folder.glob("shard-*.json"))), None)
-    num_shards = json.loads(first.read_text())["num_shards"] if first else 1
-    found = manifests(folder, num_shards)
+    """The JSONs of all shards of a finished stage, in order.
+
+    Refused while one is missing, where they come from several runs, and where two shards hold one document;
+    reads the ids of all documents.
+    """
+    found = [_named_manifest(path) for path in sorted(folder.glob("shard-*.json"))]
+    for manifest in found[1:]:
+        _refuse_another_run(folder, found[0], manifest)
+    num_shards = found[0]["num_shards"] if found else 1
     if len(found) < num_shards:
         raise UserError(
             f"{folder} has {len(found)} of {num_shards} shards of {kind}; "
@@ -67,7 +98,44 @@ def complete_manifests(folder: Path, kind: Kind) -> list[dict[str, Any]]:
                 f"{folder} holds {manifest['kind']} of schema version {manifest['schema_version']}, "
                 f"not {kind} of version {SCHEMA_VERSION}; give the folder that lopd {kind} wrote"
             )
+    _refuse_repeated_documents(folder, num_shards, "prompt_id" if kind == "prompts" else "document_id")
     return found
+
+
+def _named_manifest(path: Path) -> dict[str, Any]:
+    number = path.stem.removeprefix("shard-")
+    manifest = read_manifest(path.parent, int(number)) if number.isdecimal() else None
+    if manifest is None:
+        raise UserError(f"{path} is not the name of a shard's JSON (shard-00000.json); remove the file")
+    return manifest
+
+
+def _refuse_another_run(folder: Path, first: dict[str, Any], other: dict[str, Any]) -> None:
+    names = [manifest_path(folder, manifest["index"]).name for manifest in (first, other)]
+    if first["num_shards"] != other["num_shards"]:
+        what = f"{first['num_shards']} shards in {names[0]}, {other['num_shards']} in {names[1]}"
+    elif first["kind"] != other["kind"]:
+        what = f"{first['kind']} in {names[0]}, {other['kind']} in {names[1]}"
+    else:
+        old, new = (parse_lineage(m["lineage"], manifest_path(folder, m["index"])) for m in (first, other))
+        # Workers may run their engines differently: smaller after an out-of-memory, another scoring path.
+        if old.same_content(new.model_copy(update={"engine": old.engine})):
+            return
+        what = f"{names[1]} has another lineage than {names[0]}"
+    raise UserError(f"{folder} holds shards of two runs ({what}); delete the folder and make it again")
+
+
+def _refuse_repeated_documents(folder: Path, num_shards: int, column: str) -> None:
+    home: dict[str, Path] = {}
+    for index in range(num_shards):
+        path = parquet_path(folder, index)
+        for name in _read_parquet(path, [column])[column].to_pylist():
+            if name in home:
+                raise UserError(
+                    f"{path} holds the document {name}, as does {home[name].name}: a shard was copied over "
+                    f"another; {_MAKE_AGAIN}"
+                )
+            home[name] = path
 
 
 def read_table(folder: Path, index: int, schema: pa.Schema) -> pa.Table:
@@ -77,8 +145,22 @@ def read_table(folder: Path, index: int, schema: pa.Schema) -> pa.Table:
     if manifest is None:
         raise UserError(f"{path} was not finished: it has no {manifest_path(folder, index).name}")
     if not path.is_file() or sha256_file(path) != manifest["sha256"]:
-        raise UserError(f"{path} is not the file that its JSON describes; delete both and make them again")
-    return pq.read_table(path).cast(schema)
+        raise UserError(f"{path} is not the file that its JSON describes; {_MAKE_AGAIN}")
+    table = _read_parquet(path)
+    try:
+        return table.cast(schema)
+    except (pa.ArrowException, ValueError) as error:
+        raise UserError(
+            f"{path} has other columns than {manifest['kind']} ({error}); {_MAKE_AGAIN}"
+        ) from None
+
+
+def _read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
+    try:
+        return pq.read_table(path, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{path} cannot be read ({first}); {_MAKE_AGAIN}") from None
 
 
 def write_shard(

@@ -30,7 +30,7 @@ ATTEMPTS = 2
 POLL_SECONDS = 2.0
 
 
-class Stage(Protocol):
+class ShardJob(Protocol):
     """How one kind of shard is made from another."""
 
     kind: shard_files.Kind
@@ -57,7 +57,7 @@ OpenEngine = Callable[[EngineConfig], Engine]
 
 
 @dataclass
-class _InHand:
+class _PendingShard:
     """A claimed shard whose documents are in the engine."""
 
     source: pa.Table
@@ -65,11 +65,11 @@ class _InHand:
     answers: dict[int, Any] = field(default_factory=dict)
     errors: dict[int, list[str]] = field(default_factory=dict)
 
-    def is_settled(self, position: int) -> bool:
+    def is_resolved(self, position: int) -> bool:
         return position in self.answers or len(self.errors.get(position, ())) >= ATTEMPTS
 
-    def open_requests(self) -> list[Any]:
-        return [request for request in self.requests if not self.is_settled(request.key[1])]
+    def remaining_requests(self) -> list[Any]:
+        return [request for request in self.requests if not self.is_resolved(request.key[1])]
 
 
 class Worker:
@@ -77,7 +77,7 @@ class Worker:
 
     def __init__(
         self,
-        stage: Stage,
+        job: ShardJob,
         source_folder: Path,
         folder: Path,
         num_shards: int,
@@ -86,14 +86,14 @@ class Worker:
         leases: Leases | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        shard_files.refuse_other_lineage(folder, num_shards, stage.lineage)
-        self.stage = stage
+        shard_files.refuse_other_lineage(folder, num_shards, job.lineage)
+        self.job = job
         self.source_folder = source_folder
         self.folder = folder
         self.num_shards = num_shards
         self.worker = worker
         self.leases = leases or Leases(folder)
-        self._in_hand: dict[int, _InHand] = {}
+        self._pending: dict[int, _PendingShard] = {}
         self._tokens = 0
         self._started = time.monotonic()
 
@@ -107,12 +107,12 @@ class Worker:
         missing = [i for i in range(self.num_shards) if shard_files.read_manifest(self.folder, i) is None]
         total = sum(self._source_rows(index) for index in missing)
         try:
-            with progress(total, self.stage.kind, "doc") as bar:
+            with progress(total, self.job.kind, "doc") as bar:
                 while not self._all_committed():
                     self.engine.on_step = self.leases.renew
                     try:
-                        for answer in self.stage.answers(self.engine, self._feed()):
-                            self._settle(answer)
+                        for answer in self.job.answers(self.engine, self._feed()):
+                            self._record(answer)
                             bar.set_postfix_str(f"{self._tokens_per_second():.0f} tok/s", refresh=False)
                             bar.update(1)
                     except EngineLost as lost:
@@ -120,7 +120,7 @@ class Worker:
                         config = _halved(config, lost)
                         self.engine = open_engine(config)
                         continue
-                    if not self._in_hand and not self._all_committed():
+                    if not self._pending and not self._all_committed():
                         time.sleep(POLL_SECONDS)  # others hold the rest; their leases may yet expire
         finally:
             self.leases.release_all()
@@ -129,42 +129,40 @@ class Worker:
 
     def _feed(self) -> Iterator[Any]:
         """Requests that are open from before, then those of every shard that can be claimed."""
-        for shard in list(self._in_hand.values()):
-            yield from shard.open_requests()
+        for shard in list(self._pending.values()):
+            yield from shard.remaining_requests()
         index, count = self.worker
         order = sorted(range(self.num_shards), key=lambda i: ((i - index) % count, i))
         for index in order:
-            if shard_files.read_manifest(self.folder, index) is not None or index in self._in_hand:
+            if shard_files.read_manifest(self.folder, index) is not None or index in self._pending:
                 continue
             if not self.leases.take(index):
                 continue
-            if (
-                shard_files.read_manifest(self.folder, index) is not None
-            ):  # committed before the lease was taken
-                self.leases.release(index)
+            if shard_files.read_manifest(self.folder, index) is not None:
+                self.leases.release(index)  # committed before the lease was taken
                 continue
-            source = shard_files.read_table(self.source_folder, index, self.stage.source_schema)
-            self._in_hand[index] = _InHand(source, self.stage.requests(index, source))
-            if not self._in_hand[index].requests:
+            source = shard_files.read_table(self.source_folder, index, self.job.source_schema)
+            self._pending[index] = _PendingShard(source, self.job.requests(index, source))
+            if not self._pending[index].requests:
                 self._commit(index)
                 continue
-            yield from self._in_hand[index].requests
+            yield from self._pending[index].requests
 
-    def _settle(self, answer: Any) -> None:
+    def _record(self, answer: Any) -> None:
         index, position = answer.key
-        shard = self._in_hand[index]
+        shard = self._pending[index]
         if isinstance(answer, Failure):
             shard.errors.setdefault(position, []).append(answer.error)
         else:
             shard.answers[position] = answer
             self._tokens += len(answer.logprobs)
-        if all(shard.is_settled(request.key[1]) for request in shard.requests):
+        if all(shard.is_resolved(request.key[1]) for request in shard.requests):
             self._commit(index)
 
     def _commit(self, index: int) -> None:
-        shard = self._in_hand.pop(index)
+        shard = self._pending.pop(index)
         failures = {
-            self.stage.document_id(shard.source, position): errors[-1]
+            self.job.document_id(shard.source, position): errors[-1]
             for position, errors in sorted(shard.errors.items())
             if position not in shard.answers
         }
@@ -172,14 +170,14 @@ class Worker:
             aside = shard_files.failures_path(self.folder, index)
             write_json(aside, failures)
             first = next(iter(failures.values()))
-            say(f"{self.stage.kind} shard {index}: {len(failures)} documents set aside in {aside}: {first}")
+            say(f"{self.job.kind} shard {index}: {len(failures)} documents set aside in {aside}: {first}")
         manifest = shard_files.write_shard(
             self.folder,
             index,
-            self.stage.table(shard.source, shard.answers),
-            kind=self.stage.kind,
+            self.job.table(shard.source, shard.answers),
+            kind=self.job.kind,
             num_shards=self.num_shards,
-            lineage=self.stage.lineage,
+            lineage=self.job.lineage,
             failed=len(failures),
         )
         self.leases.release(index)
@@ -206,7 +204,7 @@ class Worker:
 
     def _source_rows(self, index: int) -> int:
         manifest = shard_files.read_manifest(self.source_folder, index)
-        return 0 if manifest is None else manifest["rows"] * self.stage.requests_per_row
+        return 0 if manifest is None else manifest["rows"] * self.job.requests_per_row
 
     def _all_committed(self) -> bool:
         return all(shard_files.manifest_path(self.folder, i).exists() for i in range(self.num_shards))

@@ -16,7 +16,7 @@ from lopd_megatron.effopd.trainer_scores import HeldOutForward
 from lopd_megatron.evaluation.evaluate import read_problems
 from lopd_megatron.files import write_json
 from lopd_megatron.online.batches import Prompt
-from lopd_megatron.rollouts.prompts import Template, load_tokenizer
+from lopd_megatron.rollouts.templates import Template, load_tokenizer
 from lopd_megatron.study.cells import Cell, Data, Part
 from lopd_megatron.study.workbench import Curve, Problem, Workbench, train
 from lopd_megatron.train.metrics import read_metrics

@@ -35,8 +35,8 @@ from lopd_megatron.inference.requests import (
     document_seed,
 )
 from lopd_megatron.online.batches import Engines, OnlineRollouts, Prompt, documents_of, score
-from lopd_megatron.rollouts.prompts import load_tokenizer
 from lopd_megatron.rollouts.rollout_stage import stop_token_ids
+from lopd_megatron.rollouts.templates import load_tokenizer
 from lopd_megatron.train.state import BatchSource, Hook, StepResult, Trainer
 
 MAX_TOPK = 32

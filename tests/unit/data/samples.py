@@ -89,9 +89,14 @@ def write_shards(
 ) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     schema = SCORE_SCHEMA if kind == "scores" else ROLLOUT_SCHEMA
+    names: set[str] = set()
     for index, rows in enumerate(shards):
         path = folder / f"shard-{index:05d}.parquet"
         kept = [{name: value[name] for name in schema.names} for value in rows]
+        for number, value in enumerate(kept):  # a row may be given many times, its document id may not
+            if value["document_id"] in names:
+                value["document_id"] = f"{value['document_id']}-{index}-{number}"
+            names.add(value["document_id"])
         pq.write_table(pa.Table.from_pylist(kept, schema), path)
         manifest = {
             "schema_version": SCHEMA_VERSION,

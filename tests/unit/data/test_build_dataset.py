@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import resource
+import shutil
 import signal
 import tracemalloc
 from pathlib import Path
@@ -186,7 +187,27 @@ def test_shards_of_two_runs_are_not_mixed(tmp_path: Path) -> None:
     write_shards(folder, [[ROWS["good"]]] * 2, lineage=other)
     write_shards(tmp_path / "plain", [[ROWS["good"]]] * 2)
     (tmp_path / "plain" / "shard-00001.json").rename(folder / "shard-00001.json")
-    with pytest.raises(UserError, match=r"shard-00001.parquet has another kind or lineage"):
+    with pytest.raises(UserError, match=r"shard-00001.parquet has another kind, number of shards or lineage"):
+        build_dataset(folder, tmp_path / "x", filters=WIDE)
+
+
+def test_a_shard_copied_over_another(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "scores", [[row("a", [1], [2])], [row("b", [1], [2])]])
+    for ending in ("parquet", "json"):
+        shutil.copyfile(folder / f"shard-00000.{ending}", folder / f"shard-00001.{ending}")
+    with pytest.raises(UserError, match=r"shard-00001.json describes shard 0: a shard was copied"):
+        build_dataset(folder, tmp_path / "x", filters=WIDE)
+    path = folder / "shard-00001.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"index": 1}))
+    with pytest.raises(UserError, match=r"shard-00001.parquet holds the document a/0, as does shard-00000"):
+        build_dataset(folder, tmp_path / "x", filters=WIDE)
+
+
+def test_shards_that_disagree_on_their_number(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "scores", [[row("a", [1], [2])], [row("b", [1], [2])]])
+    path = folder / "shard-00001.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_shards": 3}))
+    with pytest.raises(UserError, match="number of shards"):
         build_dataset(folder, tmp_path / "x", filters=WIDE)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import save_file
 
@@ -158,7 +160,7 @@ def test_documents_over_the_context(config: RunConfig) -> None:
     with pytest.raises(UserError, match="the longest rollout = 8 tokens"):
         programs.run_scoring(config, Share())
     config.evaluation.engine.max_model_len = 7
-    with pytest.raises(UserError, match=r"p.jsonl row 0 has 2 tokens; .* leaves 1"):
+    with pytest.raises(UserError, match=r"p.jsonl line 1 has 2 tokens; .* leaves 1"):
         evaluate.run_evaluation(config, [("x", config.model.student)], (0, 1))
 
 
@@ -182,3 +184,98 @@ def test_evaluation_of_two_models(config: RunConfig, capsys: pytest.CaptureFixtu
     assert FakeVllmEngine.started == 1
     with pytest.raises(UserError, match="another generator"):
         evaluate.run_evaluation(config, [("student", config.model.teacher)], (0, 1))
+
+
+def write_problems(path: Path, numbers: range, answer: str = "w9") -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"prompt": f"w{number} w{number + 1}", "answer": answer} for number in numbers]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def results(config: RunConfig, name: str = "student") -> tuple[dict, list[dict]]:
+    """The summary and the rows of an evaluation."""
+    evaluate.run_evaluation(config, [(name, config.model.student)], (0, 1))
+    path = config.paths.evaluation / f"{name}.json"
+    return json.loads(path.read_text()), pq.read_table(path.with_suffix(".parquet")).to_pylist()
+
+
+def test_problem_files_of_one_name_are_kept_apart(config: RunConfig, tmp_path: Path) -> None:
+    """Of unequal sizes, with one problem in both: each file has its own accuracy and its own draws."""
+    config.evaluation.input = [
+        write_problems(tmp_path / "aime24" / "test.jsonl", range(3, 6)),
+        write_problems(tmp_path / "aime25" / "test.jsonl", range(5, 12)),
+    ]
+    summary, rows = results(config)
+    assert (summary["num_problems"], summary["num_samples_per_problem"]) == (10, 3)
+    files = summary["files"]
+    assert {name: part["num_problems"] for name, part in files.items()} == {
+        "aime24/test.jsonl": 3,
+        "aime25/test.jsonl": 7,
+    }
+    for name, part in files.items():
+        correct = [row["correct"] for row in rows if row["source"] == name]
+        assert part["accuracy"] == pytest.approx(sum(correct) / len(correct))
+    assert len({row["problem_id"] for row in rows}) == 10
+    draws = {(row["source"], row["row"], row["sample_index"]): row["response_tokens"] for row in rows}
+    first, second = ([draws[name, row, i] for i in range(3)] for name, row in zip(files, (2, 0), strict=True))
+    assert first != second
+
+
+def test_draws_do_not_depend_on_the_other_files(config: RunConfig, tmp_path: Path) -> None:
+    files = [write_problems(tmp_path / f"{name}.jsonl", range(3, 9)) for name in ("a",)]
+    config.evaluation.input = files
+    _, alone = results(config)
+    config.run_dir = str(tmp_path / "second")
+    config.evaluation.input = [*files, write_problems(tmp_path / "b.jsonl", range(20, 30))]
+    _, both = results(config)
+    assert [row for row in both if row["source"] == "a.jsonl"] == alone
+
+
+def test_answers_are_graded_again_without_an_engine(
+    config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.evaluation.grader = "tiny"
+    summary, _ = results(config)
+    assert FakeVllmEngine.started == 1
+    config.evaluation.grader = "exact"
+    exact, rows = results(config)
+    assert FakeVllmEngine.started == 1
+    assert "it is graded again" in capsys.readouterr().err
+    assert (summary["grader"]["name"], exact["grader"]["name"]) == ("tiny", "exact")
+    assert all(row["extracted"] is not None for row in rows)
+    path = config.paths.evaluation / "student.json"
+    path.write_text("{")  # damaged: the answers are there
+    assert results(config)[0] == exact
+    assert FakeVllmEngine.started == 1
+    config.evaluation.temperature = 0.5
+    with pytest.raises(UserError, match="another sampling"):
+        results(config)
+
+
+def test_a_summary_of_other_answers_is_refused(config: RunConfig) -> None:
+    results(config)
+    shutil.rmtree(config.paths.evaluation / "student")
+    config.evaluation.seed += 1
+    with pytest.raises(
+        UserError, match=r"student.json is of another model, other problems or other settings"
+    ):
+        results(config)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [({"prompt": "w3"}, "line 1 has no answer"), ({"prompt": " ", "answer": "1"}, "line 1 has no question")],
+)
+def test_problems_that_cannot_be_graded(config: RunConfig, tmp_path: Path, row: dict, message: str) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(row))
+    config.evaluation.input = [str(path)]
+    with pytest.raises(UserError, match=message):
+        results(config)
+    path.write_text("")
+    with pytest.raises(UserError, match="hold no problem"):
+        results(config)
+    config.evaluation.input = [str(path), str(path)]
+    with pytest.raises(UserError, match="is given twice"):
+        results(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -206,3 +207,71 @@ def test_a_shard_that_was_changed_or_not_finished_is_refused(tmp_path: Path) -> 
         shard_files.complete_manifests(tmp_path / "scores", "rollouts")
     with pytest.raises(UserError, match=r"0 of 1 shards of prompts; run lopd prompts"):
         shard_files.complete_manifests(tmp_path / "nowhere", "prompts")
+
+
+def edit_manifest(folder: Path, shard: int, **fields: object) -> None:
+    path = shard_files.manifest_path(folder, shard)
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def copy_shard(folder: Path, source: int, target: int) -> None:
+    for path in (shard_files.parquet_path, shard_files.manifest_path):
+        shutil.copyfile(path(folder, source), path(folder, target))
+
+
+def test_a_shard_copied_over_another_is_refused(tmp_path: Path) -> None:
+    pipeline.run_all(tmp_path)
+    for kind in ("prompts", "rollouts", "scores"):
+        folder = tmp_path / kind
+        shard_files.complete_manifests(folder, kind)
+        copy_shard(folder, 0, 1)
+        with pytest.raises(UserError, match="describes shard 0: a shard was copied over another"):
+            shard_files.complete_manifests(folder, kind)
+        edit_manifest(folder, 1, index=1)
+        with pytest.raises(UserError, match=r"shard-00001.parquet holds the document .* as does shard-00000"):
+            shard_files.complete_manifests(folder, kind)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_shards": 5}, r"two runs \(4 shards in shard-00000.json, 5 in shard-00001.json"),
+        ({"num_shards": 1}, "num_shards 1"),
+        ({"kind": "scores"}, "two runs .prompts in"),
+        ({"lineage": {}}, "two runs .* another lineage"),
+        ({"rows": "4"}, "rows '4'"),
+        ({"sha256": None}, "sha256 None"),
+    ],
+)
+def test_jsons_of_another_run_are_refused(tmp_path: Path, fields: dict, message: str) -> None:
+    pipeline.make_prompts(tmp_path)
+    edit_manifest(tmp_path / "prompts", 1, **fields)
+    with pytest.raises(UserError, match=message):
+        shard_files.complete_manifests(tmp_path / "prompts", "prompts")
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b"\xff", b"[" * 100_000])
+def test_a_damaged_json_is_one_line(tmp_path: Path, data: bytes) -> None:
+    pipeline.make_prompts(tmp_path)
+    shard_files.manifest_path(tmp_path / "prompts", 1).write_bytes(data)
+    with pytest.raises(UserError, match=r"shard-00001.json is not the JSON of a shard"):
+        pipeline.rollout_worker(tmp_path).run(FakeEngine(), pipeline.CONFIG, lambda config: FakeEngine())
+
+
+def test_a_damaged_or_missing_parquet_is_one_line(tmp_path: Path) -> None:
+    pipeline.make_prompts(tmp_path)
+    path = shard_files.parquet_path(tmp_path / "prompts", 1)
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(UserError, match=r"shard-00001.parquet cannot be read"):
+        shard_files.complete_manifests(tmp_path / "prompts", "prompts")
+    path.unlink()
+    with pytest.raises(UserError, match=r"shard-00001.parquet cannot be read"):
+        shard_files.complete_manifests(tmp_path / "prompts", "prompts")
+
+
+def test_a_copied_json_by_another_name(tmp_path: Path) -> None:
+    pipeline.make_prompts(tmp_path)
+    folder = tmp_path / "prompts"
+    shutil.copyfile(shard_files.manifest_path(folder, 0), folder / "shard-00000 (copy).json")
+    with pytest.raises(UserError, match="is not the name of a shard"):
+        shard_files.complete_manifests(folder, "prompts")
