@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from lopd_megatron.config import RunConfig, Section
 from lopd_megatron.errors import UserError
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 
 RECIPES = Path(__file__).parent / "recipes"
 """The shipped recipes: `recipes/` of the repository."""
@@ -266,7 +266,7 @@ def _current_name(key: str) -> str:
     """Today's name of a setting that was renamed."""
     for old, new in RENAMED.items():
         if key.startswith(old + "."):
-            say(f"{old}.* is called {new}.* now")
+            log_line(f"{old}.* is called {new}.* now")
             return new + key[len(old) :]
     return key
 

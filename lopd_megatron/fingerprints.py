@@ -29,7 +29,7 @@ from lopd_megatron.hf_folder import (
     refuse_second_head,
     stored_tensors,
 )
-from lopd_megatron.progress import progress, say
+from lopd_megatron.progress import log_line, progress
 
 Fingerprint = dict[str, str]
 
@@ -197,7 +197,7 @@ def _write_cache(cache: Path, value: dict[str, Any]) -> None:
     try:
         write_json(cache, value)
     except OSError as error:  # a home that is full or read-only costs time, not correctness
-        say(f"fingerprint cache {cache.parent}: {error.strerror}; it will be computed again next time")
+        log_line(f"fingerprint cache {cache.parent}: {error.strerror}; it will be computed again next time")
 
 
 def _canonical(value: Any) -> bytes:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from lopd_megatron.errors import UserError
 from lopd_megatron.fingerprints import Fingerprint, model_fingerprint, tokenizer_fingerprint
 from lopd_megatron.hf_folder import read_json
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 
 LINEAGE_FILE = "lineage.json"
 
@@ -111,7 +111,7 @@ def check_consistency(
         raise UserError(
             f"{where}{'; '.join(found)}; use the same, or set lineage.allow_mismatch=REASON to record why not"
         )
-    say(f"{where}{'; '.join(found)}; allowed: {allow_mismatch}")
+    log_line(f"{where}{'; '.join(found)}; allowed: {allow_mismatch}")
     return allow_mismatch
 
 

@@ -45,6 +45,6 @@ def progress(total: int | None, description: str, unit: str, *, initial: int = 0
     )
 
 
-def say(message: str) -> None:
+def log_line(message: str) -> None:
     """One line about what happens now, with the time of day, on stderr."""
     print(f"{time.strftime('%H:%M:%S')} {message}", file=sys.stderr, flush=True)

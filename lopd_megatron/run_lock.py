@@ -27,7 +27,7 @@ import psutil
 
 from lopd_megatron.errors import UserError
 from lopd_megatron.files import explained
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 
 BEAT_S = 10.0
 WATCH_S = 75.0
@@ -67,7 +67,7 @@ class _Lock:
                     continue
                 if is_alive(self.path, holder):
                     raise UserError(self._refusal(holder))
-                say(f"the holder of {self.path} is dead ({describe(holder)}): taking over")
+                log_line(f"the holder of {self.path} is dead ({describe(holder)}): taking over")
                 self._remove(holder)
         threading.Thread(target=self._beat, daemon=True).start()
 
@@ -89,7 +89,7 @@ class _Lock:
         except OSError as error:
             if error.errno not in (errno.ENOTSUP, errno.ENOSYS) or self.path.exists():
                 raise
-            say(
+            log_line(
                 f"{self.path.parent}: this file system has no links; "
                 f"do not start a second {self.me['program']}"
             )
@@ -176,7 +176,7 @@ def is_alive(path: Path, holder: dict[str, Any]) -> bool:
     me = this_process()
     if all(holder.get(name) == me[name] for name in ("boot", "namespace")):
         return start_ticks(holder["pid"]) == holder["ticks"]
-    say(f"{path} is held by {describe(holder)}: looking for its heartbeat for up to {WATCH_S:.0f} s")
+    log_line(f"{path} is held by {describe(holder)}: looking for its heartbeat for up to {WATCH_S:.0f} s")
     first = _file_time(path)
     deadline = time.monotonic() + WATCH_S
     while time.monotonic() < deadline:

@@ -13,7 +13,7 @@ from lopd_megatron.config import LossConfig, RunConfig
 from lopd_megatron.config.objectives import ObjectiveSpec
 from lopd_megatron.loss import TokenLoss
 from lopd_megatron.loss.trained_tokens import TrainedTokens
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 from lopd_megatron.recipes import tiny
 from lopd_megatron.train.state import Hook, StepResult, Trainer
 
@@ -45,7 +45,7 @@ class LargestGradient(Hook):
 
     def on_end(self, trainer: Trainer) -> None:
         if trainer.topology.rank == 0:
-            say(f"largest gradient norm: {self.largest:.3f}")
+            log_line(f"largest gradient norm: {self.largest:.3f}")
 
 
 def confident(root: str = tiny.DEMO) -> RunConfig:

@@ -20,7 +20,7 @@ from lopd_megatron.analysis.modules import module_of
 from lopd_megatron.analysis.spectrum import Spectrum, spectrum
 from lopd_megatron.errors import UserError
 from lopd_megatron.hf_folder import HfFolder
-from lopd_megatron.progress import progress, say
+from lopd_megatron.progress import log_line, progress
 
 Row = dict[str, Any]
 """One tensor at one checkpoint: `checkpoint`, `tensor`, `group`, `module`, `layer`, norms, spectrum."""
@@ -165,7 +165,7 @@ class _Journal:
             whole = [line for line in lines[1:] if line.endswith("\n")]  # a kill may have cut the last one
             self.done = {rows[0]["tensor"]: rows for rows in map(json.loads, whole)}
             if self.done:
-                say(f"{path} holds {len(self.done)} tensors already")
+                log_line(f"{path} holds {len(self.done)} tensors already")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join([key + "\n", *(json.dumps(rows) + "\n" for rows in self.done.values())]))
 

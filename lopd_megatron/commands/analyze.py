@@ -22,7 +22,7 @@ from lopd_megatron.analysis.summary import summarize
 from lopd_megatron.analysis.updates import Settings, analyze, check_same_tensors
 from lopd_megatron.errors import UserError
 from lopd_megatron.hf_folder import HfFolder
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 
 ROUNDING_LIMIT = 0.1
 
@@ -98,7 +98,7 @@ def main() -> int:
     summary = summarize(rows)
     for label, entry in summary.items():
         if entry["rounding_share"] > ROUNDING_LIMIT:
-            say(
+            log_line(
                 f"warning: {label} is stored in 16 bits and rounding makes {entry['rounding_share']:.0%} of "
                 "its ΔW, so effective ranks are too large; export it in float32"
             )

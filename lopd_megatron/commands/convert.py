@@ -33,7 +33,7 @@ from lopd_megatron.files import sha256_file
 from lopd_megatron.hf_folder import HfFolder, read_json
 from lopd_megatron.model.student_spec import StudentSpec, student_spec
 from lopd_megatron.parallel import topology as grid
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 
 TOLERANCE = 1e-3
 """Largest accepted |logit difference| in float32: rounding grows with depth, a wrong weight shows as > 1."""
@@ -106,7 +106,7 @@ def import_hf(args: argparse.Namespace) -> int:
 
     spec, _ = one_process(args.hf, chosen_precision(args))
     write_checkpoint(HfTensors(args.hf, spec), spec, args.checkpoint)
-    say(f"imported {args.hf} to {args.checkpoint}")
+    log_line(f"imported {args.hf} to {args.checkpoint}")
     return 0
 
 
@@ -119,9 +119,9 @@ def export(args: argparse.Namespace) -> int:
     if args.overwrite and args.output.is_dir():
         problem = export_problem(args.output, made_of)
         if not problem:
-            say(f"{args.output} is already the export of {folder}")
+            log_line(f"{args.output} is already the export of {folder}")
             return 0
-        say(f"{args.output} is exported again: {problem}")
+        log_line(f"{args.output} is exported again: {problem}")
     check_output(args.output, args.hf, overwrite=args.overwrite)
     spec, _ = one_process(args.hf, "fp32")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[args.precision]
@@ -137,7 +137,7 @@ def export(args: argparse.Namespace) -> int:
         lineage=lineage,
         made_of=made_of,
     )
-    say(f"exported {folder} to {args.output}")
+    log_line(f"exported {folder} to {args.output}")
     return 0
 
 
@@ -223,5 +223,5 @@ def chosen_precision(args: argparse.Namespace) -> str:
     """The precision that was asked for, else that of the files; a loss is reported."""
     stored = stored_precision(args.hf)
     if args.precision == "bf16" and stored == "fp32":
-        say(f"{args.hf} stores more than bfloat16 keeps: --precision bf16 rounds the weights")
+        log_line(f"{args.hf} stores more than bfloat16 keeps: --precision bf16 rounds the weights")
     return args.precision or stored

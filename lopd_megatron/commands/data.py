@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from lopd_megatron.errors import UserError
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 from lopd_megatron.rollouts.downloads import DATA, write_data
 
 
@@ -35,7 +35,7 @@ def main() -> int:
         print(f"would read:  {data.repository} ({data.split})\nwould write: {output}")
         return 0
     if output.exists():
-        say(f"{output} is already there; delete it to download it again")
+        log_line(f"{output} is already there; delete it to download it again")
         return 0
     write_data(args.name, output)
     return 0

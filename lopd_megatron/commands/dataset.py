@@ -27,7 +27,7 @@ from lopd_megatron.errors import UserError
 from lopd_megatron.fingerprints import model_fingerprint, tokenizer_fingerprint
 from lopd_megatron.hf_folder import vocab_size_of
 from lopd_megatron.lineage import Lineage, check_consistency
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 from lopd_megatron.rollouts.share import generator_model
 
 
@@ -105,11 +105,11 @@ def checked(config: RunConfig, lineage: Lineage, origin: Path) -> str:
 
 def report(config: RunConfig, manifest: Manifest) -> None:
     counts = {**manifest.dropped, **{f"{name} (kept)": n for name, n in manifest.flagged_kept.items()}}
-    say(
+    log_line(
         f"{config.paths.dataset_prefix}: {manifest.documents} documents, {manifest.tokens} tokens, "
         f"{manifest.trained_tokens} trained; left out: " + ", ".join(f"{k} {n}" for k, n in counts.items())
     )
     if manifest.alignment:
-        say(f"aligned: mean |difference| {manifest.alignment['mean_abs_difference']:.2e} nats")
+        log_line(f"aligned: mean |difference| {manifest.alignment['mean_abs_difference']:.2e} nats")
     else:
-        say("alignment not proved: data.alignment_sample=0, or the files have no rollout log-probs")
+        log_line("alignment not proved: data.alignment_sample=0, or the files have no rollout log-probs")

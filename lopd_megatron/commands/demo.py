@@ -26,7 +26,7 @@ from lopd_megatron.errors import UserError
 from lopd_megatron.files import write_json
 from lopd_megatron.launch import shell
 from lopd_megatron.launch.stages import chain
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 from lopd_megatron.recipes import tiny
 
 OUTPUT = Path(tiny.DEMO)
@@ -60,9 +60,9 @@ def main() -> int:
                 continue
             if name.startswith("sft-") and base is not None:
                 base.result()
-            say(f"[{number}/{len(plan)}] {name}")
+            log_line(f"[{number}/{len(plan)}] {name}")
             if name.startswith("teacher-") and base is None:
-                say(f"beside it: {', '.join(name for name, _ in beside)}; messages in {BASE_LOG}")
+                log_line(f"beside it: {', '.join(name for name, _ in beside)}; messages in {BASE_LOG}")
                 base = pool.submit(run_quietly, beside)
             run(name, command)
     summary = summarize()

@@ -16,7 +16,7 @@ from pathlib import Path
 from lopd_megatron.data.inspection import Decode, document_lines, row_advice, save_histograms, summary
 from lopd_megatron.data.store import open_dataset
 from lopd_megatron.errors import UserError
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 
 
 def main() -> int:
@@ -40,12 +40,12 @@ def main() -> int:
     print(*row_advice(dataset.lengths), sep="\n")
     if args.verify:
         dataset.verify()
-        say(f"verified: {len(dataset)} documents, every hash and every value")
+        log_line(f"verified: {len(dataset)} documents, every hash and every value")
     decode = decoder(args.tokenizer) if args.tokenizer else None
     for index in indices(args.documents, len(dataset)):
         print(*document_lines(dataset, index, decode, sys.stdout.isatty()), sep="\n")
     if args.plots:
-        say("wrote " + ", ".join(str(path) for path in save_histograms(dataset, args.plots)))
+        log_line("wrote " + ", ".join(str(path) for path in save_histograms(dataset, args.plots)))
     return 0
 
 

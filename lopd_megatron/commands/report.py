@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from lopd_megatron.files import atomic_path
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 from lopd_megatron.report.page import render
 from lopd_megatron.report.run_folder import read_run
 
@@ -35,5 +35,5 @@ def main() -> int:
     page = render(read_run(args.run), documents=args.documents)
     with atomic_path(output) as temporary:
         temporary.write_text(page)
-    say(f"wrote {output} ({len(page) / 1e6:.1f} MB)")
+    log_line(f"wrote {output} ({len(page) / 1e6:.1f} MB)")
     return 0

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from lopd_megatron.errors import UserError
 from lopd_megatron.files import write_json
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 from lopd_megatron.recipes.study.claims import CLAIMS
 from lopd_megatron.recipes.study.tiny import STUDY, Study
 from lopd_megatron.study.cells import Cell
@@ -141,7 +141,7 @@ def report() -> None:
     }
     results = collect(Path(STUDY), RESULTS, is_current)
     write_report(REPORT, results, groups, CLAIMS, introduction(cells))
-    say(f"written: {REPORT}")
+    log_line(f"written: {REPORT}")
 
 
 def introduction(cells: list[Cell]) -> str:
@@ -173,7 +173,7 @@ def prepare(names: list[str]) -> int:
         config, recipe = Study(0).pretraining(name), Study(0).model_recipe(name)
         done = config.paths.run_dir / "recipe.json"
         if not done.exists() or json.loads(done.read_text()) != recipe:
-            say(f"study: training {name}")
+            log_line(f"study: training {name}")
             train(config)
             write_json(done, recipe)
     return 0
@@ -211,7 +211,7 @@ def work(study: Study, cells: list[Cell]) -> int:
         result = runner.run(cell) | {"recipe": recipes(study.seed)[cell.name]}
         write_json(cell.result_path, result)
         accuracy = result["test"]["greedy"]["value"]
-        say(
+        log_line(
             f"seed {study.seed} [{number}/{len(cells)}] {cell.name}: greedy {accuracy:.3f}, "
             f"{time.monotonic() - start:.0f} s"
         )

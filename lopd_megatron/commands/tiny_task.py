@@ -23,7 +23,7 @@ import numpy as np
 from lopd_megatron.data.build_dataset import Document, write_dataset
 from lopd_megatron.errors import UserError
 from lopd_megatron.files import atomic_path, write_json
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 from lopd_megatron.recipes import tiny_task as task
 
 STYLE_A, STYLE_BOTH = 0.9, 0.5
@@ -54,7 +54,7 @@ def main() -> int:
         print(json.dumps(settings, indent=2), f"would write: {args.output}", sep="\n")
         return 0
     if done.exists() and json.loads(done.read_text()) == settings:
-        say(f"tiny task: {args.output} is already made")
+        log_line(f"tiny task: {args.output} is already made")
         return 0
     if file := next((path for path in (args.output, *args.output.parents) if path.is_file()), None):
         raise UserError(f"--output {args.output}: {file} is a file; give a folder that is new or this task's")
@@ -66,13 +66,13 @@ def main() -> int:
 def make(args: argparse.Namespace) -> None:
     """Write all parts; the same arguments give the same bytes."""
     out, rng, taken = args.output, np.random.default_rng(args.seed), set[bytes]()
-    say("tiny task: problems")
+    log_line("tiny task: problems")
     for split in ("valid", "test"):
         problems = task.sample_problems(args.problems, rng, taken)
         write_problems(out / "problems" / f"{split}.jsonl", problems, split)
     for split, count in (("sft", args.sft_prompts), ("opd", args.opd_prompts)):
         write_problems(out / "prompts" / f"{split}.jsonl", task.sample_problems(count, rng, taken), split)
-    say("tiny task: gold solutions")
+    log_line("tiny task: gold solutions")
     corruption = task.corrupted_facts(CORRUPTED_SHARE, rng)
     for name, count, style in (
         ("teacher", args.teacher_samples, STYLE_A),
@@ -86,7 +86,7 @@ def make(args: argparse.Namespace) -> None:
         problems = task.sample_problems(args.teacher_samples, rng, taken)
         solutions = task.solution_tokens(problems, style, rng)
         write_dataset(out / "gold" / name, documents(task.prompt_tokens(problems), solutions))
-    say("tiny task: random models")
+    log_line("tiny task: random models")
     for name, shape in (("teacher_init", TEACHER), ("student_init", STUDENT)):
         save_random_model(out / name, shape, args.seed)
 

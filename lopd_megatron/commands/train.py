@@ -23,7 +23,7 @@ from lopd_megatron import cli
 from lopd_megatron.config import RunConfig
 from lopd_megatron.launch.stages import processes_per_node
 from lopd_megatron.layout_check import check_layout
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 
 if TYPE_CHECKING:
     from lopd_megatron.inference.server import VllmServer
@@ -91,5 +91,5 @@ def train(command: list[str], servers: list[VllmServer], environment: dict[str, 
         except subprocess.TimeoutExpired:
             for server in servers:
                 if not server.is_running:
-                    say(f"{server.name} ended; starting it again")
+                    log_line(f"{server.name} ended; starting it again")
                     server.start()

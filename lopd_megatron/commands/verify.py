@@ -14,7 +14,7 @@ from lopd_megatron.cli import dry_run, parse, parser
 from lopd_megatron.data.alignment import Sample, compare, refuse_misaligned, sample_indices
 from lopd_megatron.data.store import open_dataset
 from lopd_megatron.errors import UserError
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 from lopd_megatron.rollouts.share import generator_model
 
 
@@ -40,5 +40,5 @@ def main() -> int:
         report = compare(samples, scorer, config.data.alignment_tolerance)
     print(json.dumps(report.as_dict()))
     refuse_misaligned(report, config.dataset_prefixes[0])
-    say(f"aligned: {report.line()}")
+    log_line(f"aligned: {report.line()}")
     return 0

@@ -43,7 +43,7 @@ from lopd_megatron.data.vocabulary import check_batch
 from lopd_megatron.data.writer import DatasetWriter, existing_manifest
 from lopd_megatron.errors import UserError
 from lopd_megatron.lineage import Lineage
-from lopd_megatron.progress import progress, say
+from lopd_megatron.progress import log_line, progress
 from lopd_megatron.records import COLUMNS
 
 
@@ -132,7 +132,7 @@ def build_dataset(
     if shards[0].kind == "scores":
         teacher_proof = read_teacher_proof(folder, common_hash(shards))
         if teacher_proof is None:
-            say(
+            log_line(
                 f"{folder}: the teacher's column is not proved (no {PROOF_FILE}); lopd scores makes the proof"
             )
     if allow_mismatch:
@@ -179,7 +179,9 @@ def build_from(
         return done
     split = split_prompts(held_out, (source.prompt_ids() for source in sources))
     if held_out.fraction and split.cutoff is None:
-        say(f"{prefix}: too few documents to keep {SMALLEST} back; nothing is held out (data.valid_fraction)")
+        log_line(
+            f"{prefix}: too few documents to keep {SMALLEST} back; nothing is held out (data.valid_fraction)"
+        )
     described = filters.as_dict() | ({"held_out": split.as_dict()} if held_out.fraction else {})
     made = lineage.model_copy(update={"parents": parents})
     columns, topk = _columns(sources[0])
@@ -239,7 +241,7 @@ def _is_whole(
     if has_valid and existing_manifest(valid_prefix(prefix)) is None:
         return False
     note = "" if has_valid or not held_out.fraction else ", none held out"
-    say(f"{prefix}: already built, {done.documents} documents{note}")
+    log_line(f"{prefix}: already built, {done.documents} documents{note}")
     return True
 
 
@@ -322,7 +324,7 @@ def _fill(parts: list[_Part], sources: Sequence[Source], prefix: str | Path, voc
     """Append every source to the parts that lack it."""
     first = min((part.sources for part in parts), default=len(sources))
     if first:
-        say(f"{prefix}: going on behind file {first} of {len(sources)}")
+        log_line(f"{prefix}: going on behind file {first} of {len(sources)}")
     with progress(sum(source.tokens for source in sources), "build", "tok") as bar:
         for index, source in enumerate(sources):
             # A kill between two save points leaves one part a file ahead.

@@ -28,7 +28,7 @@ from lopd_megatron.data.manifest import FileEntry, Manifest, building_folder, ma
 from lopd_megatron.errors import UserError
 from lopd_megatron.files import explained, fsync_path, sha256_file, write_json
 from lopd_megatron.lineage import Lineage
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 from lopd_megatron.records import COLUMNS, SCHEMA_VERSION
 
 _LENGTHS = "lengths.raw"
@@ -270,7 +270,7 @@ class DatasetWriter:
         except OSError as error:
             if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
                 raise
-            say(f"{self.folder}: this file system has no locks; do not start a second build of it")
+            log_line(f"{self.folder}: this file system has no locks; do not start a second build of it")
 
     def _read_saved(self) -> dict[str, Any]:
         """The last save point, {} where there is none that fits these settings and these files."""
@@ -281,15 +281,15 @@ class DatasetWriter:
             saved = json.loads(path.read_text())
             settings, sizes = saved["settings"], dict(saved["sizes"])
         except (ValueError, KeyError, TypeError):
-            say(f"{path} is not a save point: starting afresh")
+            log_line(f"{path} is not a save point: starting afresh")
             return {}
         if settings != self._settings:
-            say(f"{self.folder} was made with other settings: starting afresh")
+            log_line(f"{self.folder} was made with other settings: starting afresh")
             return {}
         for name, size in sizes.items():
             file = self._path(name)
             if not file.is_file() or file.stat().st_size < size:
-                say(f"{file} is shorter than its save point: starting afresh")
+                log_line(f"{file} is shorter than its save point: starting afresh")
                 return {}
         return saved
 

@@ -18,7 +18,7 @@ from lopd_megatron.effopd.optimizer_shards import collect_shards, publish, reset
 from lopd_megatron.effopd.search import HeldOutScore, SearchResult
 from lopd_megatron.effopd.weights import WeightLine
 from lopd_megatron.errors import UserError
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 from lopd_megatron.train.state import Hook, StepResult, Trainer
 
 
@@ -69,7 +69,7 @@ class EffOPDHook(Hook):
         for name, number in numbers.items():
             result.metric_sums[f"effopd_{name}"] = torch.tensor([number, 1.0], dtype=torch.float64)
         if dist.get_rank() == 0:
-            say(describe(trainer.iteration, found))
+            log_line(describe(trainer.iteration, found))
 
     def state_dict(self, model_state: Any, *, is_loading: bool) -> dict[str, Any]:
         """What was tried, and the accepted weights; `accepted_state_dict` has the costs."""

@@ -24,7 +24,7 @@ from lopd_megatron.fingerprints import model_fingerprint, tokenizer_fingerprint
 from lopd_megatron.inference.engine import VllmEngine
 from lopd_megatron.inference.requests import Sampling
 from lopd_megatron.lineage import Lineage, parse_lineage
-from lopd_megatron.progress import progress, say
+from lopd_megatron.progress import log_line, progress
 from lopd_megatron.records import PROBLEM_RESULT_SCHEMA, PROMPT_SCHEMA, ROLLOUT_SCHEMA
 from lopd_megatron.rollouts import shard_files
 from lopd_megatron.rollouts.input_files import short_names
@@ -50,7 +50,7 @@ def run_evaluation(config: RunConfig, models: Sequence[tuple[str, str]], worker:
         if engine is None or not engine.reload(model):
             if engine is not None:
                 engine.close()
-            say(f"evaluation of {name}: starting vLLM")
+            log_line(f"evaluation of {name}: starting vLLM")
             engine = evaluation.open_engine(config.evaluation.engine)
         engine = evaluation.sample(engine, worker)
         evaluation.grade()
@@ -118,9 +118,9 @@ class _Evaluation:
                 "delete it, or give another --name"
             )
         if grader != grader_identity(self.section.grader):
-            say(f"{self.summary_path} was graded by {grader}; it is graded again")
+            log_line(f"{self.summary_path} was graded by {grader}; it is graded again")
             return False
-        say(f"{self.summary_path} is there already")
+        log_line(f"{self.summary_path} is there already")
         return True
 
     def is_answered(self) -> bool:
@@ -170,7 +170,7 @@ class _Evaluation:
             pq.write_table(pa.Table.from_pylist(rows, schema=PROBLEM_RESULT_SCHEMA), temporary)
         write_json(self.summary_path, summary)
         for name, part in [*(files.items() if len(files) > 1 else ()), ("all problems", summary)]:
-            say(f"{self.name}: {name}: accuracy {part['accuracy']:.4f} ± {part['standard_error']:.4f}")
+            log_line(f"{self.name}: {name}: accuracy {part['accuracy']:.4f} ± {part['standard_error']:.4f}")
 
     def _graded(self, answer: dict[str, Any]) -> dict[str, Any]:
         text = self.tokenizer.decode(answer["response_tokens"], skip_special_tokens=True)

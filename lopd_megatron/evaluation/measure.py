@@ -27,7 +27,7 @@ from lopd_megatron.evaluation.divergence import measured
 from lopd_megatron.files import write_json
 from lopd_megatron.fingerprints import model_fingerprint, tokenizer_fingerprint
 from lopd_megatron.lineage import Lineage
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 from lopd_megatron.records import SCORE_SCHEMA
 from lopd_megatron.rollouts import shard_files
 from lopd_megatron.rollouts.programs import Share, run_rollouts, run_scoring, score_with
@@ -105,13 +105,13 @@ def measure(config: RunConfig, name: str, model: str, prompts: list[dict[str, An
     key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
     summary = config.paths.measure / f"{name}.json"
     if summary.is_file() and json.loads(summary.read_text())["key"] == key:
-        say(f"{summary} is there already")
+        log_line(f"{summary} is there already")
         return
     own.run_dir = str(config.paths.measure / f"{name}-{key}")
     paths = own.paths
     if not shard_files.manifests(paths.prompts, 1):
         write_prompts(paths.prompts, prompts, 1, Lineage(tokenizer=tokenizer_fingerprint(model)))
-    say(f"measure {name}: {len(prompts)} prompts, {samples} responses each, of {model}")
+    log_line(f"measure {name}: {len(prompts)} prompts, {samples} responses each, of {model}")
     by_model = paths.run_dir / "own_scores"
     share = Share()
     codes = [run_rollouts(own, share), run_scoring(own, share), score_with(own, model, by_model, share)]
@@ -119,7 +119,7 @@ def measure(config: RunConfig, name: str, model: str, prompts: list[dict[str, An
         raise UserError(f"{name}: documents failed, see {paths.run_dir}; the result would be wrong")
     found = measured(rows_of(paths.scores), rows_of(by_model), scores.topk)
     write_json(summary, {"name": name, "model": model, "key": key, **found.summary()})
-    say(f"{name}: {found.text()}")
+    log_line(f"{name}: {found.text()}")
 
 
 def measuring_config(config: RunConfig, model: str, samples: int) -> RunConfig:

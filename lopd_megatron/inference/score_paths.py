@@ -13,7 +13,7 @@ import numpy as np
 
 from lopd_megatron.errors import UserError
 from lopd_megatron.inference.requests import Engine, Failure, ScoreRequest, ScoringPath, TokenScores
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
 """Largest mean |difference| in nats between two paths on one engine. fp32: rounding. bf16: kernels whose
@@ -56,7 +56,7 @@ def choose_path(engine: ScoringEngine, wanted: str, topk: int, longest: int) -> 
             return path
         if wanted != "auto":
             raise UserError(f"scores.path={wanted} failed its self-test: {problem}; use auto")
-        say(f"scoring path {path} failed its self-test: {problem}")
+        log_line(f"scoring path {path} failed its self-test: {problem}")
     return "stock"
 
 

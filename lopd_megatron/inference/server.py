@@ -26,7 +26,7 @@ from lopd_megatron.inference.engine_settings import (
 )
 from lopd_megatron.inference.server_key import KEY_VARIABLE, KeyMiddleware, headers, own_key
 from lopd_megatron.inference.sizes import read_shape
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 
 START_S = 1800.0
 STOP_S = 30.0
@@ -119,7 +119,7 @@ class VllmServer:
                 start_new_session=True,  # its engine processes then share a group, which `stop` ends
                 preexec_fn=_end_with_parent,
             )
-        say(f"{self.name}: starting vLLM on {self.url} (process {self.process.pid}), log {self.log}")
+        log_line(f"{self.name}: starting vLLM on {self.url} (process {self.process.pid}), log {self.log}")
         return self
 
     def wait(self) -> None:
@@ -145,7 +145,7 @@ class VllmServer:
                     f"{self.name}: the vLLM server is not ready after {START_S:.0f} s; see {self.log}"
                 )
             time.sleep(0.5)
-        say(f"{self.name}: ready after {time.monotonic() - begin:.0f} s")
+        log_line(f"{self.name}: ready after {time.monotonic() - begin:.0f} s")
 
     @property
     def is_running(self) -> bool:

@@ -24,7 +24,7 @@ from lopd_megatron.inference.requests import (
     TokenScores,
 )
 from lopd_megatron.inference.server_key import headers
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 
 Answer = TypeVar("Answer")
 
@@ -177,12 +177,12 @@ class ServerClient:
                     "start the run again: it goes on from its last checkpoint"
                 )
             if away > POLL_S and not self._said_away:
-                say(f"{self.name} at {self.url} does not answer; waiting for it")
+                log_line(f"{self.name} at {self.url} does not answer; waiting for it")
                 told = self._said_away = True
             await asyncio.sleep(POLL_S)
         if told:  # by this one of perhaps hundreds of requests that wait
             self._said_away = False
-            say(f"{self.name} at {self.url} is back after {time.monotonic() - start:.0f} s")
+            log_line(f"{self.name} at {self.url} is back after {time.monotonic() - start:.0f} s")
 
     async def _is_healthy(self, client: httpx.AsyncClient) -> bool:
         try:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 
 TIMEOUT = timedelta(seconds=180)
 CLOCK_TOLERANCE_S = 10.0
@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     timeout = timedelta(seconds=known.timeout_s)
     fit = check(known.nodes.split(","), known.gpus, known.folder, known.min_free_gib, timeout)
     if fit and os.environ["RANK"] == "0":
-        say(f"{known.nodes}: fit, checked in {time.monotonic() - start:.1f} s")
+        log_line(f"{known.nodes}: fit, checked in {time.monotonic() - start:.1f} s")
     return 0 if fit else 1
 
 

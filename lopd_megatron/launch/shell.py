@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lopd_megatron.errors import EXIT_REQUEUE, UserError
 from lopd_megatron.launch.stages import Stage
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 
 
 def lines(stages: Sequence[Stage]) -> list[str]:
@@ -36,10 +36,10 @@ def run(stages: Sequence[Stage]) -> int:
             )
     for stage in stages:
         for command in stage.worker_commands():
-            say(f"{stage.job}: {shlex.join(command)}")
+            log_line(f"{stage.job}: {shlex.join(command)}")
             start = time.monotonic()
             code = _until_done(command, stage.config.launch.max_restarts)
-            say(f"{stage.job}: exit code {code} after {time.monotonic() - start:.0f} s")
+            log_line(f"{stage.job}: exit code {code} after {time.monotonic() - start:.0f} s")
             if code:
                 return code
     return 0

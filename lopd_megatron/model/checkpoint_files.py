@@ -23,7 +23,7 @@ from typing import Any
 
 from lopd_megatron.errors import UserError
 from lopd_megatron.files import ADVICE, fsync_path, sha256_file, write_json
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 
 DESCRIPTION = "checkpoint.json"
 LATEST = "latest_checkpointed_iteration.txt"
@@ -133,7 +133,7 @@ def newest_undamaged(folder: Path) -> Path:
 
 
 def warn_torn(path: Path, problem: str) -> None:
-    say(f"warning: {path} is torn ({problem}); trying the one before it")
+    log_line(f"warning: {path} is torn ({problem}); trying the one before it")
 
 
 def read_pointer(folder: Path) -> int | None:
@@ -144,7 +144,7 @@ def read_pointer(folder: Path) -> int | None:
     except FileNotFoundError:
         return None
     except ValueError:
-        say(f"warning: {pointer} is not a number; using the newest whole checkpoint")
+        log_line(f"warning: {pointer} is not a number; using the newest whole checkpoint")
         return None
 
 

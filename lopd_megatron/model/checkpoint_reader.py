@@ -18,7 +18,7 @@ from lopd_megatron.errors import UserError
 from lopd_megatron.model import checkpoint_files
 from lopd_megatron.model.names import Weight, weight_table
 from lopd_megatron.model.student_spec import StudentSpec
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 
 
 class CheckpointTensors:
@@ -167,5 +167,5 @@ def newest_checkpoint(folder: Path) -> Path:
             raise UserError(f"{folder} is torn ({problem}); take another checkpoint, or copy it again")
         if checkpoint_files.has_hashes(description):
             return folder
-    say(f"{folder} was written without hashes: its bytes cannot be checked")
+    log_line(f"{folder} was written without hashes: its bytes cannot be checked")
     return folder

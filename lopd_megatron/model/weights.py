@@ -27,7 +27,7 @@ from lopd_megatron.model.names import (
 from lopd_megatron.model.student import StudentModel
 from lopd_megatron.model.student_spec import StudentSpec
 from lopd_megatron.parallel.topology import Topology
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 
 
 def load_hf(
@@ -40,7 +40,7 @@ def load_hf(
     """
     source = HfTensors(folder, spec)
     if topology.rank == 0 and source.files.is_rounded_in(source.dtype):
-        say(
+        log_line(
             f"{folder} stores {', '.join(sorted(source.files.kinds()))}: weights are rounded to bfloat16; "
             "train.precision=fp32 keeps them"
         )

@@ -34,7 +34,7 @@ from lopd_megatron.inference.requests import (
     TokenScores,
     document_seed,
 )
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 from lopd_megatron.train.first_logprobs import own_logprobs
 from lopd_megatron.train.setup import build_loader
 from lopd_megatron.train.state import Hook, StepResult, Trainer
@@ -121,7 +121,7 @@ class OnlineRollouts(Hook):
         self._worker.shutdown(wait=True, cancel_futures=True)
         if self.engines is not None:
             spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
-            say(f"online: {spent}")
+            log_line(f"online: {spent}")
 
     def _documents(self, consumed: int) -> list[Document]:
         """On rank 0: the rollouts of a step, made ahead if overlap made them; starts those of the next."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from lopd_megatron.errors import UserError
 from lopd_megatron.files import atomic_path
-from lopd_megatron.progress import progress, say
+from lopd_megatron.progress import log_line, progress
 
 Row = dict[str, Any]
 
@@ -80,7 +80,7 @@ def write_data(name: str, output: Path, rows: Iterable[Row] | None = None) -> in
                 file.write(line + "\n")
         if not seen:
             raise UserError(f"{data.repository} ({data.split}) gave no row; nothing was written")
-    say(f"wrote {output}: {len(seen)} rows from {data.repository} (licence: {data.licence})")
+    log_line(f"wrote {output}: {len(seen)} rows from {data.repository} (licence: {data.licence})")
     return len(seen)
 
 

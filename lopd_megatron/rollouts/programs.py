@@ -13,7 +13,7 @@ from lopd_megatron.inference.requests import Engine, Sampling
 from lopd_megatron.inference.score_paths import choose_path
 from lopd_megatron.inference.sizes import read_shape
 from lopd_megatron.lineage import Lineage, check_consistency, read_model_lineage
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 from lopd_megatron.rollouts import shard_files
 from lopd_megatron.rollouts.rollout_stage import RolloutJob, stop_token_ids
 from lopd_megatron.rollouts.score_stage import ScoreJob
@@ -104,7 +104,7 @@ def score_with(config: RunConfig, model: str, folder: Path, share: Share) -> int
         )
         job.path = choose_path(engine, scores.path, scores.topk, engine_config.max_model_len)
         lineage.engine[job.kind] = {**engine.describe(), "scoring_path": job.path}
-        say(f"scoring path: {job.path}")
+        log_line(f"scoring path: {job.path}")
         return engine
 
     proved = not documents or share.index > 0 or is_proved(folder, num_shards)
@@ -126,9 +126,9 @@ def _run(
     shard_files.refuse_other_lineage(folder, num_shards, job.lineage, but=["engine"])
     done = shard_files.manifests(folder, num_shards)
     if len(done) == num_shards and last is None:
-        say(f"{folder} is complete: {sum(manifest['rows'] for manifest in done)} documents")
+        log_line(f"{folder} is complete: {sum(manifest['rows'] for manifest in done)} documents")
         return _exit_code(sum(manifest["failed"] for manifest in done), folder, share)
-    say(f"{job.kind}: starting vLLM")
+    log_line(f"{job.kind}: starting vLLM")
     engine = open_engine(engine_config)
     worker = Worker(job, source_folder, folder, num_shards, worker=(share.index, share.count))
     failed = worker.run(engine, engine_config, open_engine)
@@ -155,7 +155,7 @@ def _checked(config: RunConfig, data: Lineage) -> Lineage:
 def _exit_code(failed: int, folder: Path, share: Share) -> int:
     if failed <= share.max_failed:
         return 0
-    say(
+    log_line(
         f"{failed} documents were set aside, see {folder}/failed-*.json; delete those shards' .json to "
         f"try them again, or accept the loss with --max-failed {failed}"
     )

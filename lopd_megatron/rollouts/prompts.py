@@ -17,7 +17,7 @@ from lopd_megatron.errors import UserError
 from lopd_megatron.files import write_json
 from lopd_megatron.fingerprints import tokenizer_fingerprint
 from lopd_megatron.lineage import Lineage
-from lopd_megatron.progress import progress, say
+from lopd_megatron.progress import log_line, progress
 from lopd_megatron.records import PROMPT_SCHEMA
 from lopd_megatron.rollouts import shard_files
 from lopd_megatron.rollouts.input_files import input_hash, short_names
@@ -145,7 +145,7 @@ def collect(config: PromptsConfig, template: Template) -> tuple[list[dict[str, A
     counts["kept"] = len(kept.rows)
     _refuse_collapse(counts, len(seen), tokenized, same_tokens)
     if answers:
-        say(f"prompts: the last assistant turn of {answers} conversations is an answer and was left out")
+        log_line(f"prompts: the last assistant turn of {answers} conversations is an answer and was left out")
     return [row for _, row in sorted(kept.rows.values(), key=lambda item: item[0])], counts
 
 
@@ -198,7 +198,7 @@ def run_prompts(config: RunConfig) -> int:
     shard_files.refuse_other_lineage(folder, section.num_shards, lineage)
     if len(shard_files.manifests(folder, section.num_shards)) == section.num_shards:
         shard_files.complete_manifests(folder, "prompts")
-        say(f"{folder} is complete")
+        log_line(f"{folder} is complete")
         return 0
     tokenizer = load_tokenizer(model, trust_remote_code=config.model.trust_remote_code)
     template = Template(tokenizer, section.apply_chat_template, section.enable_thinking)
@@ -207,7 +207,7 @@ def run_prompts(config: RunConfig) -> int:
         raise UserError(f"no prompt is left of {counts['read']} ({_listed(counts)}); look at prompts.*")
     write_prompts(folder, rows, section.num_shards, lineage)
     write_json(folder / "counts.json", dict(counts))
-    say(f"{folder}: {_listed(counts)}")
+    log_line(f"{folder}: {_listed(counts)}")
     return 0
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lopd_megatron.errors import UserError
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 from lopd_megatron.rollouts.rollout_stage import stop_token_ids
 
 
@@ -29,4 +29,4 @@ def check_stop_tokens(rollout_ids: Sequence[int], teacher: str, allow_mismatch: 
             "generation_config.json of one of them and make the rollouts again, add to "
             "rollouts.stop_token_ids, or set lineage.allow_mismatch=REASON"
         )
-    say(f"warning: {text}; look at the teacher's log-prob of the stop token in the dataset's manifest")
+    log_line(f"warning: {text}; look at the teacher's log-prob of the stop token in the dataset's manifest")

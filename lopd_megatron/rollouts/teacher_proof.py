@@ -13,7 +13,7 @@ from lopd_megatron.data.teacher_proof import PROOF_FILE
 from lopd_megatron.errors import UserError
 from lopd_megatron.files import write_json
 from lopd_megatron.inference.requests import Engine, Failure, ScoreRequest, ScoringPath, TokenScores
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 from lopd_megatron.records import SCORE_SCHEMA
 from lopd_megatron.rollouts import shard_files
 
@@ -83,7 +83,7 @@ def prove_teacher_column(
         "topk_same_ids": same_ids,
     }
     write_json(folder / PROOF_FILE, found)
-    say(f"the teacher finds its log-probs again: {report.line()}")
+    log_line(f"the teacher finds its log-probs again: {report.line()}")
 
 
 _LEAST_SAME_IDS = 0.5

@@ -21,7 +21,7 @@ from lopd_megatron.errors import UserError
 from lopd_megatron.files import write_json
 from lopd_megatron.inference.requests import Engine, EngineLost, Failure
 from lopd_megatron.lineage import Lineage
-from lopd_megatron.progress import progress, say
+from lopd_megatron.progress import log_line, progress
 from lopd_megatron.rollouts import shard_files
 from lopd_megatron.rollouts.leases import Leases
 
@@ -170,7 +170,9 @@ class Worker:
             aside = shard_files.failures_path(self.folder, index)
             write_json(aside, failures)
             first = next(iter(failures.values()))
-            say(f"{self.job.kind} shard {index}: {len(failures)} documents set aside in {aside}: {first}")
+            log_line(
+                f"{self.job.kind} shard {index}: {len(failures)} documents set aside in {aside}: {first}"
+            )
         manifest = shard_files.write_shard(
             self.folder,
             index,
@@ -223,7 +225,7 @@ def _halved(config: EngineConfig, lost: EngineLost) -> EngineConfig:
             "max_num_batched_tokens": max(config.max_num_batched_tokens // 2, 256),
         }
     )
-    say(
+    log_line(
         f"engine lost ({lost}); starting it again with "
         f"max_num_batched_tokens={smaller.max_num_batched_tokens}, max_num_seqs={smaller.max_num_seqs}"
     )

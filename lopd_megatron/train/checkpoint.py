@@ -24,7 +24,7 @@ from lopd_megatron.fingerprints import Fingerprint
 from lopd_megatron.model import checkpoint_files
 from lopd_megatron.model.checkpoint_files import LATEST, iteration_name, list_iterations
 from lopd_megatron.parallel.topology import Topology
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 from lopd_megatron.train import checkpoint_state
 from lopd_megatron.train.state import Trainer
 
@@ -121,7 +121,7 @@ class Checkpoints:
                 temporary.rename(final)
                 fsync_path(self.folder)
                 self._point_to(description["iteration"])
-                say(f"saved {final}")
+                log_line(f"saved {final}")
                 self._delete_old(description["iteration"])
             dist.barrier()
 
@@ -159,7 +159,7 @@ class Checkpoints:
             return False
         if self.topology.rank == 0:
             if not checkpoint_files.has_hashes(description):
-                say(f"{path} was written without hashes: its bytes cannot be checked")
+                log_line(f"{path} was written without hashes: its bytes cannot be checked")
             if checkpoint_files.read_pointer(self.folder) not in (None, description["iteration"]):
                 self._point_to(description["iteration"])  # the torn one is replaced when the run gets there
         self.load(trainer, path, description)
@@ -197,7 +197,7 @@ class Checkpoints:
             refuse_other_input(folder, what, description.get(what), self.inputs.get(what))
         checkpoint_state.read(trainer, folder, description)
         if self.topology.rank == 0:
-            say(f"resumed from {folder} at iteration {trainer.iteration}")
+            log_line(f"resumed from {folder} at iteration {trainer.iteration}")
 
 
 def refuse_other_input(
@@ -217,5 +217,5 @@ def remove_leftovers(folder: Path) -> None:
     for pointer in folder.glob(f".{LATEST}.*.tmp"):
         pointer.unlink()
     for path in [*folder.glob(".iter_*.tmp"), *folder.glob(".iter_*.old")]:
-        say(f"warning: removing {path}, left by a save that was killed")
+        log_line(f"warning: removing {path}, left by a save that was killed")
         shutil.rmtree(path, ignore_errors=True)  # its orphaned writer may still add files

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from lopd_megatron.errors import UserError
 from lopd_megatron.parallel.safe_pickles import REFUSED
 from lopd_megatron.parallel.versions import save_options, save_strategy, with_own_learning_rates
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 from lopd_megatron.train import checkpoint_writers
 from lopd_megatron.train.state import Hook, Trainer
 
@@ -81,7 +81,9 @@ def read(trainer: Trainer, folder: Path, description: dict[str, Any]) -> None:
     if has_optimizer:
         _refuse_other_optimizer(trainer, folder, stored)
     elif trainer.topology.rank == 0:
-        say(f"warning: {folder} has no optimizer state (checkpoint.save_optimizer=false); Adam starts anew")
+        log_line(
+            f"warning: {folder} has no optimizer state (checkpoint.save_optimizer=false); Adam starts anew"
+        )
     strategy = get_default_load_sharded_strategy(str(folder))
     if trainer.topology.dp_cp_group.size() > 1:
         strategy = FullyParallelLoadStrategyWrapper(strategy, trainer.topology.dp_cp_group)
@@ -92,7 +94,7 @@ def read(trainer: Trainer, folder: Path, description: dict[str, Any]) -> None:
         raise UserError(_cannot_load(folder, error)) from error
     for line in changed_settings(state["config"], trainer.config.model_dump(mode="json"), state["iteration"]):
         if trainer.topology.rank == 0:
-            say(line)
+            log_line(line)
     for name, chunk in _chunks(trainer):
         _refuse_extra_state(folder, state[name])
         chunk.load_state_dict(state[name], strict=True)

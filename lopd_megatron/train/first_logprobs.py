@@ -41,7 +41,7 @@ from lopd_megatron.data.teacher_proof import check_shift
 from lopd_megatron.errors import UserError
 from lopd_megatron.files import write_json
 from lopd_megatron.loss.loss import TokenSignals
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 from lopd_megatron.train.setup import build_loader, loss_of_run
 from lopd_megatron.train.state import BatchSource, Hook, Trainer
 from lopd_megatron.train.step import run_microbatches
@@ -120,7 +120,7 @@ class FirstLogprobs(Hook):
         if reason:
             if is_rank0:
                 self.config.paths.first_logprobs.unlink(missing_ok=True)  # of an earlier run in this folder
-                say(f"the trainer's first log-probs are not compared: {reason}")
+                log_line(f"the trainer's first log-probs are not compared: {reason}")
             return {}
         parts, is_start = _rollouts_of(trainer)
         samples, where = _samples(parts), ", ".join(part.prefix for part in parts)
@@ -151,7 +151,7 @@ class FirstLogprobs(Hook):
         _check_teacher(samples, own, where)
         if is_rank0:
             note = f"; {diagnosis}; not refused: the start did not write these rollouts" if diagnosis else ""
-            say(f"the trainer's first log-probs against rollout_logprobs: {_line(report)}{note}")
+            log_line(f"the trainer's first log-probs against rollout_logprobs: {_line(report)}{note}")
         return found
 
     def _nothing_to_compare(self, batches: BatchSource) -> str:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lopd_megatron import plugins
 from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import EXIT_INTERRUPTED, EXIT_REQUEUE
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 from lopd_megatron.train.launch_env import under_plain_torchrun
 from lopd_megatron.train.state import Hook, StepResult, Trainer
 
@@ -60,9 +60,9 @@ class StopHook(Hook):
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         trainer.stop_reason = self.REASONS[int(flag)]
         if trainer.stop_reason and trainer.topology.rank == 0 and not trainer.is_done:
-            say(f"stopping after iteration {trainer.iteration}: {trainer.stop_reason}")
+            log_line(f"stopping after iteration {trainer.iteration}: {trainer.stop_reason}")
             if trainer.stop_reason in ("SIGTERM", "SIGINT") and under_plain_torchrun():
-                say(
+                log_line(
                     "torchrun kills the ranks 30 s after the signal and reports exit code 1; `python -m "
                     "lopd_megatron.launch.torchrun` takes the same options, waits, and reports "
                     f"{EXIT_REQUEUE}"

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from lopd_megatron.config import RunConfig
 from lopd_megatron.loss import finalize_metrics
 from lopd_megatron.performance.prediction import Batch, predicted_step_ms
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 from lopd_megatron.train.metrics import Writer, open_writers
 from lopd_megatron.train.peak_flops import device_peak_flops
 from lopd_megatron.train.state import Hook, StepResult, Trainer
@@ -46,7 +46,7 @@ class LogHook(Hook):
         self.peak_flops = device_peak_flops()
         if trainer.topology.rank == 0:
             self.writers = open_writers(trainer.config, trainer.iteration)
-            say(
+            log_line(
                 f"training {trainer.config.model.student}, iterations {trainer.iteration + 1} to "
                 f"{trainer.config.train.train_iters} on {trainer.topology.world_size} rank(s)"
             )
@@ -64,7 +64,7 @@ class LogHook(Hook):
             if "valid_k2" in metrics:  # only the gradient of such a loss means something
                 metrics.pop("valid_loss")
             shown = "  ".join(form.format(metrics[name]) for name, form in _LINE if name in metrics)
-            say(f"iteration {trainer.iteration}/{trainer.config.train.train_iters}  {shown}")
+            log_line(f"iteration {trainer.iteration}/{trainer.config.train.train_iters}  {shown}")
 
     def on_end(self, trainer: Trainer) -> None:
         for writer in self.writers:

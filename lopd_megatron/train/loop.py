@@ -12,7 +12,7 @@ import torch.distributed as dist
 from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import EXIT_REQUEUE
 from lopd_megatron.parallel import topology as grid
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 from lopd_megatron.run_lock import run_lock
 from lopd_megatron.train import watchdog
 from lopd_megatron.train.inputs import Inputs, check_inputs
@@ -59,9 +59,11 @@ def _run(
     if trainer.topology.rank == 0:
         config.dump(config.paths.config)
         if not resumed and config.paths.metrics.exists():
-            say(f"no checkpoint in {config.paths.checkpoints}: starting at iteration 1, with new metrics")
+            log_line(
+                f"no checkpoint in {config.paths.checkpoints}: starting at iteration 1, with new metrics"
+            )
         if trainer.is_done:
-            say(f"already done: {trainer.iteration} of {config.train.train_iters} iterations")
+            log_line(f"already done: {trainer.iteration} of {config.train.train_iters} iterations")
     if not trainer.is_done:
         train(trainer)
     watchdog.enter("ending", trainer.iteration, limited=False)

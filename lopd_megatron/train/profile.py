@@ -6,7 +6,7 @@ from typing import Any
 
 from lopd_megatron.config import RunConfig
 from lopd_megatron.errors import UserError
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 from lopd_megatron.train.state import Hook, StepResult, Trainer
 
 
@@ -44,5 +44,5 @@ class ProfileHook(Hook):
         self.profiler.stop()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.profiler.export_chrome_trace(str(self.path))
-        say(f"profile of iterations {self.first} to {self.last - 1}: {self.path}")
+        log_line(f"profile of iterations {self.first} to {self.last - 1}: {self.path}")
         self.profiler = None

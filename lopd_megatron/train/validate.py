@@ -10,7 +10,7 @@ from lopd_megatron.config import RunConfig
 from lopd_megatron.data.held_out import held_out_prefixes
 from lopd_megatron.data.loader import StepBatch
 from lopd_megatron.data.store import open_dataset
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 from lopd_megatron.records import LossOutput
 from lopd_megatron.train.held_out import (
     DocumentSums,
@@ -59,7 +59,7 @@ class ValidateHook(Hook):
                 count = len(self.seen[0].sums)
                 # A step with as many documents costs three forward passes: one forward, two backward.
                 cost = count / (3 * self.interval * trainer.config.train.global_batch_size)
-                say(
+                log_line(
                     f"iteration 0: held-out {self.metric} {self.seen[0].text()} on {count} documents; "
                     f"validating them every {self.interval} iterations adds about {cost:.1%} to the training"
                 )
@@ -84,7 +84,7 @@ class ValidateHook(Hook):
         self.log.close()
         found = change(self.seen)
         if found is not None:
-            say(f"{found.text()}; best at iteration {found.best.iteration}: {found.best.text()}")
+            log_line(f"{found.text()}; best at iteration {found.best.iteration}: {found.best.text()}")
 
     def _validate(self, trainer: Trainer) -> dict[str, torch.Tensor]:
         """Pooled pairs, on every rank; rank 0 keeps the sums by document."""

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from lopd_megatron.files import atomic_path
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 from lopd_megatron.train.metrics import read_metrics
 from lopd_megatron.train.state import Hook, Trainer
 
@@ -34,6 +34,6 @@ class WarningLog(Hook):
         if trainer.topology.rank or key in self._told:
             return
         self._told.add(key)
-        say(f"warning: iteration {trainer.iteration}: {text}")
+        log_line(f"warning: iteration {trainer.iteration}: {text}")
         with self.path.open("a") as file:
             file.write(json.dumps({"iteration": trainer.iteration, "key": key, "text": text}) + "\n")

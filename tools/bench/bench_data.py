@@ -46,7 +46,7 @@ from lopd_megatron.data.writer import DatasetWriter
 from lopd_megatron.errors import run_program
 from lopd_megatron.files import write_json
 from lopd_megatron.lineage import Lineage
-from lopd_megatron.progress import progress, say
+from lopd_megatron.progress import log_line, progress
 
 COLUMNS = ["tokens", "loss_mask", "teacher_logprobs", "rollout_logprobs"]
 PACKED = frozenset({"tokens", "teacher_logprobs", "rollout_logprobs"})
@@ -97,7 +97,7 @@ def main() -> int:
 def make_dataset(prefix: Path, documents: int) -> None:
     """Lengths normal 2,000 ± 400 in 200…4,000, Zipf-like ids, most log-probs near 0."""
     rng = np.random.default_rng(0)
-    say(f"writing {documents} documents")
+    log_line(f"writing {documents} documents")
     with (
         DatasetWriter(prefix, COLUMNS, 0, {"bench": documents}) as writer,
         progress(documents, "write", "doc") as bar,

@@ -44,7 +44,7 @@ sys.path[:0] = [str(ROOT), *([str(PACKAGES)] if PACKAGES.is_dir() else [])]
 
 from lopd_megatron.errors import run_program  # noqa: E402
 from lopd_megatron.files import write_json  # noqa: E402
-from lopd_megatron.progress import say  # noqa: E402
+from lopd_megatron.progress import log_line  # noqa: E402
 
 LEAST_S = 20.0
 """A part is not begun with less time left."""
@@ -102,7 +102,7 @@ def main() -> None:
         device = report["machine"].get("device") if report else None
         done = report.get("parts", {}).get(name, {})
         if not options.only and done.get("status") == "done" and done.get("device") == device:
-            say(f"{name}: in the file already")
+            log_line(f"{name}: in the file already")
             continue
         outcome = run_part(name, part, deadline - time.monotonic())
         if name == "device" and outcome["status"] == "done":
@@ -110,7 +110,7 @@ def main() -> None:
         outcome["device"] = report.setdefault("machine", {}).get("device")
         report.setdefault("parts", {})[name] = outcome
         write_json(options.output, report)
-        say(f"{name}: {outcome['status']} after {outcome['seconds']:.0f} s {outcome.get('reason', '')}")
+        log_line(f"{name}: {outcome['status']} after {outcome['seconds']:.0f} s {outcome.get('reason', '')}")
     print(json.dumps({name: outcome["status"] for name, outcome in report["parts"].items()}))
 
 
@@ -124,7 +124,7 @@ def run_part(name: str, part: Part, left_s: float) -> dict[str, Any]:
     limit = min(part.limit_s, left_s)
     if limit < LEAST_S:
         return _outcome("skipped", 0.0, reason=f"{max(0.0, left_s):.0f} s left of the total")
-    say(f"{name}: at most {limit:.0f} s")
+    log_line(f"{name}: at most {limit:.0f} s")
     start = time.monotonic()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(

@@ -51,7 +51,7 @@ from lopd_megatron.loss.fused_head import HeadRows, fused_head
 from lopd_megatron.loss.make_objective import make_objective
 from lopd_megatron.loss.trained_tokens import TrainedTokens
 from lopd_megatron.parallel.vocab import VocabRange
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 from lopd_megatron.records import MicroBatch
 
 VOCABULARY = 151_936  # Qwen3
@@ -80,11 +80,11 @@ def main() -> None:
 
 
 def measure_cpu(chunk: int, rounds: int) -> dict[str, float]:
-    say("head: time at TP 2, T 1024, H 512")
+    log_line("head: time at TP 2, T 1024, H 512")
     times = in_ranks(2, TIMING_ENVIRONMENT, head_times, Shape(1024, 512, VOCABULARY, chunk, rounds))
-    say(f"head: CPU seconds {times}")
+    log_line(f"head: CPU seconds {times}")
     memory = in_ranks(2, MEMORY_ENVIRONMENT, head_memory, Shape(4096, 128, VOCABULARY, chunk))
-    say(f"head: MB at T 4096, H 128 {memory}")
+    log_line(f"head: MB at T 4096, H 128 {memory}")
     result = {
         "memory_ratio": memory["ours"] / memory["megatron"],
         "time_ratio_masked": times["ours, masked"] / times["megatron"],
@@ -99,9 +99,9 @@ def measure_cpu(chunk: int, rounds: int) -> dict[str, float]:
         if not suffix:
             result["step_flops_ratio"] = in_ranks(1, TIMING_ENVIRONMENT, step_flops, shape)["ratio"]
         step = in_ranks(1, TIMING_ENVIRONMENT, step_times, shape, MASKED)
-        say(f"step: CPU seconds at V {vocabulary} {step}")
+        log_line(f"step: CPU seconds at V {vocabulary} {step}")
         peak = in_ranks(1, MEMORY_ENVIRONMENT, step_memory, shape, MASKED)
-        say(f"step: MB at V {vocabulary} {peak}")
+        log_line(f"step: MB at V {vocabulary} {peak}")
         result[f"step_time_ratio{suffix}"] = step["ours"] / step["reference"]
         result[f"step_memory_ratio{suffix}"] = peak["ours"] / peak["reference"]
         result[f"step_grad_rel_error{suffix}"] = step["grad_rel_error"]

@@ -47,7 +47,7 @@ from bench_peers_sides import (
 
 from lopd_megatron.errors import UserError, run_program
 from lopd_megatron.files import write_json
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 
 SAME_OBJECTIVE = {"hf_loop", "plain_head"}
 LARGEST_LOSS_DIFFERENCE = 1e-5
@@ -65,7 +65,7 @@ def main() -> None:
         print(f"would train {', '.join(SIDES)} on {int(mixed_lengths().sum())} tokens a round")
         return
     result = compare(mixed_lengths(), list(SIDES), options.rounds)
-    say("again with sequences of one length: what is left without padding")
+    log_line("again with sequences of one length: what is left without padding")
     result["equal_lengths"] = compare(equal_lengths(), ["ours", "hf_loop"], options.rounds)
     if options.output:
         versions = {name: importlib.metadata.version(name) for name in ("transformers", "trl")}
@@ -130,7 +130,7 @@ def measure_speed(
             losses[side] += curve
             if number:
                 seconds[side].append(taken)
-            say(f"{'round ' + str(number) if number else 'warm-up'}, {side}: {taken:.2f} CPU s")
+            log_line(f"{'round ' + str(number) if number else 'warm-up'}, {side}: {taken:.2f} CPU s")
         for side in SAME_OBJECTIVE & losses.keys():
             difference = loss_difference(losses["ours"], losses[side])
             if not difference <= LARGEST_LOSS_DIFFERENCE:
@@ -147,7 +147,7 @@ def measure_memory(folder: Path, side: str) -> float:
     worker = Worker(folder, side, MEMORY_ENVIRONMENT)
     megabytes = worker.ask("memory")
     worker.close()
-    say(f"memory, {side}: {megabytes:.0f} MB")
+    log_line(f"memory, {side}: {megabytes:.0f} MB")
     return megabytes
 
 

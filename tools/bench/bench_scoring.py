@@ -48,7 +48,7 @@ from lopd_megatron.inference.requests import (
     TokenScores,
 )
 from lopd_megatron.inference.score_paths import choose_path
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 
 TOPK = 64
 PROMPT, RESPONSE = 100, 300
@@ -77,7 +77,7 @@ def main() -> None:
             result["max_abs_diff"] = difference_to_transformers(folder, result.pop("sample"))
     result.pop("sample", None)
     if not torch.cuda.is_available():
-        say("memory by document length")
+        log_line("memory by document length")
         result["memory_mb"] = in_own_process(MEMORY_BATCH)
         result["memory_mb_one_step"] = in_own_process(max(MEMORY_LENGTHS))
     result |= {"machine": machine()}
@@ -117,7 +117,7 @@ def random_documents(vocabulary: int, lengths: list[int], prompt: int) -> list[S
 def measure(model: str, count: int, rounds: int) -> dict[str, Any]:
     longest = PROMPT + RESPONSE
     config = EngineConfig(max_model_len=longest, max_num_seqs=32, max_num_batched_tokens=2048)
-    say("starting vLLM")
+    log_line("starting vLLM")
     engine = VllmEngine(model, config, task="score", max_topk=TOPK)
     path = choose_path(engine, "auto", 0, longest)
     documents = random_documents(engine.vocab_size, [longest] * count, PROMPT)
@@ -127,7 +127,7 @@ def measure(model: str, count: int, rounds: int) -> dict[str, Any]:
     def prefill() -> None:
         list(engine.generate(prefills, Sampling(0.0, 1.0, 1, ())))
 
-    say(f"{tokens} tokens, path {path}, {rounds} rounds")
+    log_line(f"{tokens} tokens, path {path}, {rounds} rounds")
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     seconds = interleaved(
         {"prefill": prefill, "score": lambda: scores(engine, documents, 0, path)},

@@ -19,7 +19,7 @@ from lopd_megatron.files import write_json
 from lopd_megatron.performance.constants import FIT
 from lopd_megatron.performance.fit import fit, leave_one_out, log_ratios, summary
 from lopd_megatron.performance.published import THROUGHPUT, read_rows
-from lopd_megatron.progress import say
+from lopd_megatron.progress import log_line
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     options = parser.parse_args()
     rows, unknown = read_rows(options.csv)
     for line in unknown:
-        say(line)
+        log_line(line)
     constants = fit(rows)
     result: dict[str, Any] = {
         "constants": {name: float(f"{value:.4g}") for name, value in asdict(constants).items()},
@@ -39,16 +39,16 @@ def main() -> None:
         "table": options.csv.name,
         "fitted": summary(log_ratios(rows, constants)),
     }
-    say(f"fitted {len(rows)} rows: {result['fitted']}")
+    log_line(f"fitted {len(rows)} rows: {result['fitted']}")
     for name, group in (
         ("leave_one_model_out", [row.model for row in rows]),
         ("leave_one_family_out", [family(row.model) for row in rows]),
     ):
         result[name] = summary(leave_one_out(rows, group, constants))
-        say(f"{name.replace('_', ' ')} ({len(set(group))} groups): {result[name]}")
+        log_line(f"{name.replace('_', ' ')} ({len(set(group))} groups): {result[name]}")
     if not options.dry_run:
         write_json(FIT, result)
-        say(f"wrote {FIT}")
+        log_line(f"wrote {FIT}")
 
 
 def family(model: str) -> str:
