@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lopd_megatron.data.document_ids import document_name
+from lopd_megatron.data.document_ids import document_label
 from lopd_megatron.data.teacher_proof import check_shift
 from lopd_megatron.errors import UserError
 
@@ -44,9 +44,9 @@ class Sample:
         return cls(index, tokens, mask, rollout, columns.get("teacher_logprobs"), document_id)
 
     @property
-    def name(self) -> str:
+    def label(self) -> str:
         """Index and id, as messages name a document."""
-        return document_name(self.index, self.document_id)
+        return document_label(self.index, self.document_id)
 
     @property
     def prompt_length(self) -> int:
@@ -85,14 +85,14 @@ class AlignmentReport:
         return asdict(self)
 
     @property
-    def worst_name(self) -> str:
-        return document_name(self.worst_document, self.worst_document_id)
+    def worst_label(self) -> str:
+        return document_label(self.worst_document, self.worst_document_id)
 
     def line(self) -> str:
         return (
             f"{self.documents} documents, {self.tokens} tokens: mean |difference| "
             f"{self.mean_abs_difference:.2e} nats (limit {self.tolerance:g}), max "
-            f"{self.max_abs_difference:.2e} at {self.worst_name}, token {self.worst_position}"
+            f"{self.max_abs_difference:.2e} at document {self.worst_label}, token {self.worst_position}"
         )
 
 
@@ -113,7 +113,7 @@ def compare(samples: Sequence[Sample], scorer: Scorer, tolerance: float) -> Alig
     for sample, new, old in zip(samples, rescored, stored, strict=True):
         if len(new) != len(old) or not np.isfinite(new).all():
             raise UserError(
-                f"{sample.name}: {len(new)} log-probs came back for {len(old)} tokens, or one is "
+                f"document {sample.label}: {len(new)} log-probs came back for {len(old)} tokens, or one is "
                 "not finite; check the model and its precision"
             )
     differences = [

@@ -24,6 +24,6 @@ def read_id(prefix: str, place: int) -> str:
         return next(itertools.islice(lines, place, None)).rstrip("\n")
 
 
-def document_name(index: int, document_id: str) -> str:
-    """How messages name a document: `document 17 (8f3a…/0)`, without the id where there is none."""
-    return f"document {index} ({document_id})" if document_id else f"document {index}"
+def document_label(index: int, document_id: str) -> str:
+    """How messages name a document: `17 (8f3a…/0)`, or `17` where it has no id."""
+    return f"{index} ({document_id})" if document_id else str(index)

@@ -72,8 +72,8 @@ def document_lines(dataset: ConcatDataset, index: int, decode: Decode | None, co
     both = {"teacher_logprobs", "rollout_logprobs"} <= dataset.columns
     gaps = columns["teacher_logprobs"] - columns["rollout_logprobs"] if both else np.zeros(len(tokens))
     mean = _mean(gaps, mask)
-    name = dataset.document_name(index)
-    yield f"{name}: {len(tokens)} tokens, {sum(mask)} trained, mean gap {mean:+.3f} nats"
+    label = dataset.document_label(index)
+    yield f"document {label}: {len(tokens)} tokens, {sum(mask)} trained, mean gap {mean:+.3f} nats"
     text = (_painted(w, g) if colour and m else w for w, g, m in zip(words, gaps, mask, strict=True))
     yield ("" if decode else " ").join(text)
     yield f"{'position':>8} {'id':>7} {'trained':>7} {'teacher':>9} {'rollout':>9} {'gap':>8}  token"

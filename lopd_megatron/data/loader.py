@@ -60,7 +60,7 @@ class StepBatch:
     """Prompt and response tokens of the whole step, without padding: what throughput counts."""
     sequence_lengths: np.ndarray
     """int32 [n]: tokens of each document of the whole step, all data-parallel ranks; for its FLOPs."""
-    document_name: Callable[[int], str] = "document {}".format
+    document_label: Callable[[int], str] = str
     """How messages name a document, by its index in the dataset."""
 
 
@@ -108,9 +108,10 @@ class StepLoader:
         longest = int(self._padded.max())
         limit = seq_length // self._round_to * self._round_to
         if longest > limit:
+            label = dataset.document_label(int(self._padded.argmax()))
             raise UserError(
-                f"{dataset.document_name(int(self._padded.argmax()))} has {longest} tokens with its padding, "
-                f"a row has {limit}; raise data.seq_length or build the dataset with a lower one"
+                f"document {label} has {longest} tokens with its padding, a row has "
+                f"{limit}; raise data.seq_length or build the dataset with a lower one"
             )
         self._prefetch = ThreadPoolExecutor(1, thread_name_prefix="loader") if prefetch else None
         self._next: tuple[int, Future[StepBatch]] | None = None
@@ -156,7 +157,7 @@ class StepLoader:
             num_tokens=sum(trained),
             num_total_tokens=int(lengths.sum(dtype=np.int64)),
             sequence_lengths=lengths,
-            document_name=self.dataset.document_name,
+            document_label=self.dataset.document_label,
         )
 
     def _microbatches(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from lopd_megatron.data.column_files import IndexedColumn, open_column
-from lopd_megatron.data.document_ids import DOCUMENT_IDS, document_name, read_id
+from lopd_megatron.data.document_ids import DOCUMENT_IDS, document_label, read_id
 from lopd_megatron.data.manifest import Manifest, manifest_path, read_manifest
 from lopd_megatron.data.vocabulary import first_foreign
 from lopd_megatron.data.writer import are_logprobs
@@ -137,10 +137,10 @@ class ConcatDataset:
         part = int(np.searchsorted(self._first, index, side="right")) - 1
         return self.prefixes[part], index - int(self._first[part])
 
-    def document_name(self, index: int) -> str:
+    def document_label(self, index: int) -> str:
         """How messages name a document: its index and, where it has one, its id."""
         part, place = self.locate(index)
-        return document_name(index, part.document_id(place))
+        return document_label(index, part.document_id(place))
 
     def spans(self, documents: np.ndarray) -> list[Span]:
         """Where the columns of many documents lie: (part, first token, token behind the last) of each."""

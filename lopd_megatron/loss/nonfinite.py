@@ -44,12 +44,12 @@ class FiniteCheck:
         return {NONFINITE: torch.stack([bad.sum().double(), count])}
 
     def raise_if_any(
-        self, pooled: Mapping[str, torch.Tensor], document_name: Callable[[int], str] = "document {}".format
+        self, pooled: Mapping[str, torch.Tensor], document_label: Callable[[int], str] = str
     ) -> None:
         """Call with the pooled metric sums of a step, on every rank, before the optimizer step.
 
         Raises `NonFiniteLoss` on all ranks if any of them saw a bad token, and forgets the step.
-        `document_name` turns the index of a document into its name in the message.
+        `document_label` gives the index of a document and its id, for the message.
         """
         seen, self._seen = self._seen, []
         if not float(pooled[NONFINITE][0]):
@@ -57,11 +57,11 @@ class FiniteCheck:
         for batch in seen:
             if batch.bad.any():
                 first = int(batch.bad.nonzero()[0])
-                document = batch.document_indices[int(batch.tokens.sequence[first])]
+                index = batch.document_indices[int(batch.tokens.sequence[first])]
                 token = int(batch.tokens.position[first])
                 raise NonFiniteLoss(
-                    f"the loss or log-prob of {document_name(document)}, token {token} is not finite "
-                    f"({int(batch.bad.sum())} such tokens in its micro-batch); "
+                    f"the loss or log-prob of document {document_label(index)}, token {token} is not "
+                    f"finite ({int(batch.bad.sum())} such tokens in its micro-batch); "
                     "the weights have not been updated"
                 )
         raise NonFiniteLoss("another rank has a token whose loss or log-prob is not finite; see its log")

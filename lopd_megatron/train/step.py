@@ -135,7 +135,7 @@ def check_finite(trainer: Trainer, metric_sums: dict[str, torch.Tensor], batch: 
     Decided from the pooled sums, which all ranks have; only then one gather of who saw it.
     """
     try:
-        trainer.loss.finite.raise_if_any(metric_sums, batch.document_name)
+        trainer.loss.finite.raise_if_any(metric_sums, batch.document_label)
     except NonFiniteLoss as error:
         messages = [""] * trainer.topology.world_size
         dist.all_gather_object(messages, str(error))

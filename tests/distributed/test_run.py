@@ -99,7 +99,7 @@ class Spoiled:
         teacher = batch.microbatches[0].teacher_logprobs
         if consumed and teacher is not None and dist.get_rank() == dist.get_world_size() - 1:
             teacher[:] = float("nan")
-        return dataclasses.replace(batch, document_name="document {0} (prompt/{0})".format)
+        return dataclasses.replace(batch, document_label="{0} (prompt/{0})".format)
 
 
 def refused(inputs: str, folder: str) -> list[str]:

@@ -48,7 +48,7 @@ def test_the_id_leads_back_to_the_rollout(rows: dict, built: Path) -> None:
         dataset = open_dataset([built.with_name(part)])
         assert DOCUMENT_IDS in dataset.manifests[0].files
         for index in range(len(dataset)):
-            name = dataset.document_name(index).removeprefix(f"document {index} (").removesuffix(")")
+            name = dataset.document_label(index).removeprefix(f"{index} (").removesuffix(")")
             row = rows[name]
             assert dataset.document(index)["tokens"].tolist() == row["prompt_tokens"] + row["response_tokens"]
         total += len(dataset)
@@ -60,19 +60,19 @@ def test_over_several_datasets(built: Path) -> None:
     parts = [built, built.with_name("valid")]
     both, valid = open_dataset(parts), open_dataset(parts[1:])
     size = len(both) - len(valid)
-    assert both.document_name(size).split("(")[1] == valid.document_name(0).split("(")[1]
+    assert both.document_label(size).split("(")[1] == valid.document_label(0).split("(")[1]
 
 
 def test_messages_name_it(built: Path) -> None:
     dataset = open_dataset([built])
-    assert next(document_lines(dataset, 4, None, False)).startswith(dataset.document_name(4) + ": ")
+    assert next(document_lines(dataset, 4, None, False)).startswith(f"document {dataset.document_label(4)}: ")
     longest = int(dataset.lengths.argmax())
     settings = {"seed": 1, "global_batch_size": 8, "data_parallel_rank": 0, "data_parallel_size": 1}
     with pytest.raises(UserError) as caught:
         StepLoader(dataset, micro_batch_size=1, seq_length=8, **settings)
-    assert str(caught.value).startswith(f"{dataset.document_name(longest)} has ")
+    assert str(caught.value).startswith(f"document {dataset.document_label(longest)} has ")
     batch = StepLoader(dataset, micro_batch_size=1, seq_length=64, **settings).step(0)
-    assert batch.document_name(4) == dataset.document_name(4)
+    assert batch.document_label(4) == dataset.document_label(4)
 
 
 def test_a_changed_id_is_found(built: Path, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_dataset_without_ids_opens(built: Path, tmp_path: Path) -> None:
     write_json(manifest_path(tmp_path / "train"), old)
     dataset = open_dataset([tmp_path / "train"])
     dataset.verify()
-    assert dataset.document_name(3) == "document 3"
+    assert dataset.document_label(3) == "3"
     assert dataset.manifests[0].flagged_kept == manifest.flagged_kept
     old["kept"] = {"truncated": 99}
     write_json(manifest_path(tmp_path / "train"), old)
@@ -111,8 +111,8 @@ def test_a_dataset_without_ids_opens(built: Path, tmp_path: Path) -> None:
 def test_documents_of_a_program(tmp_path: Path) -> None:
     made = [dataclasses.replace(d, document_id=f"mine/{i}") for i, d in enumerate(documents(5))]
     write_dataset(tmp_path / "named", made)
-    assert open_dataset([tmp_path / "named"]).document_name(2) == "document 2 (mine/2)"
-    assert memory_dataset(made).document_name(2) == "document 2 (mine/2)"
+    assert open_dataset([tmp_path / "named"]).document_label(2) == "2 (mine/2)"
+    assert memory_dataset(made).document_label(2) == "2 (mine/2)"
     write_dataset(tmp_path / "plain", documents(5))
     assert DOCUMENT_IDS not in read_manifest(tmp_path / "plain").files
     with pytest.raises(ValueError, match="not one line"):

@@ -302,8 +302,8 @@ def test_a_non_finite_token_is_named(value: float) -> None:
     with pytest.raises(NonFiniteLoss, match=r"document 101, token 6 is not finite \(1 such"):
         loss.finite.raise_if_any(sums)
     loss(hidden, weight, batch)
-    with pytest.raises(NonFiniteLoss, match=r"of row 101, token 6"):
-        loss.finite.raise_if_any(sums, "row {}".format)
+    with pytest.raises(NonFiniteLoss, match=r"of document #101, token 6"):
+        loss.finite.raise_if_any(sums, "#{}".format)
     with pytest.raises(NonFiniteLoss, match="another rank"):
         loss.finite.raise_if_any(sums)  # the step is forgotten; only the pooled count speaks
 
