@@ -43,7 +43,8 @@ def sft(pair: Pair) -> RunConfig:
     config = _common(pair, "sft")
     config.model.student = pair.base
     config.prompts.input = ["data/prompts/openthoughts3.jsonl"]
-    config.prompts.max_prompts = 300_000  # released code: drawn at random, one answer each
+    config.prompts.max_prompts = 300_000
+    config.prompts.sample_seed = 42  # as in the released code: drawn at random, one answer each
     config.rollouts.generator = "teacher"
     config.rollouts.temperature = 0.7  # released code; the paper does not say
     config.rollouts.top_p = 0.9
