@@ -196,8 +196,8 @@ def _read_cache(file: Path, cache: Path) -> dict[str, str] | None:
 def _write_cache(cache: Path, value: dict[str, Any]) -> None:
     try:
         write_json(cache, value)
-    except OSError as error:  # a home that is full or read-only costs time, not correctness
-        log_line(f"fingerprint cache {cache.parent}: {error.strerror}; it will be computed again next time")
+    except (OSError, UserError) as error:  # a home that is full or read-only costs time, not correctness
+        log_line(f"fingerprint cache: {error}; it will be computed again next time")
 
 
 def _canonical(value: Any) -> bytes:

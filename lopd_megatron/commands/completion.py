@@ -1,7 +1,7 @@
 """Prints what makes a shell complete `lopd`: verbs, recipe files and settings.
 
-source <(lopd completion bash)
-source <(lopd completion zsh)
+lopd completion bash     # in ~/.bashrc: source <(lopd completion bash)
+lopd completion zsh      # in ~/.zshrc: source <(lopd completion zsh)
 """
 
 from __future__ import annotations

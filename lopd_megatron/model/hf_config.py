@@ -78,7 +78,9 @@ def _computed(model_type: str, stored: dict[str, Any]) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING
 
     found: dict[str, Any] = CONFIG_MAPPING[model_type](**stored).to_dict()
-    with contextlib.suppress(OSError, ValueError, TypeError):  # no room, or no JSON: computed again next time
+    with contextlib.suppress(
+        OSError, UserError, ValueError, TypeError
+    ):  # no room, or no JSON: computed again next time
         found = json.loads(json.dumps(found))
         write_json(cache, {"sha256": _hash(found), "config": found})
     return found
