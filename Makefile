@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM := false
 unexport PYTHONDONTWRITEBYTECODE  # the tests start the package in some two hundred processes
 MAKEFLAGS += -j3  # apt-get and Triton beside the Python environment
 
-.PHONY: help env system triton-interpreter demo demo-clean study bench bench-gpu gpu-packages test check format lock
+.PHONY: help env system triton-interpreter demo demo-clean study bench bench-gpu gpu-packages test test-unit docs check format lock
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -59,6 +59,12 @@ $(VENV)/triton-interpreter: | $(VENV)/bin/uv
 # Three processes for two cores, because Slurm, servers and the ranks of a world often wait (tests/conftest.py).
 test: env system triton-interpreter  ## unit, distributed, end-to-end and Slurm tests on CPU
 	$(PY) -m pytest -n 3 --only-known-skips tests
+
+test-unit: env  ## what starts no process: in a minute, while you write
+	$(PY) -m pytest -n 2 -q --no-processes tests/unit
+
+docs: env  ## the documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 check: env  ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Generator
 from typing import Any
 
@@ -28,8 +29,27 @@ SLOW_FIRST = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+STARTS_A_PROCESS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: [not item.nodeid.startswith(path) for path in SLOW_FIRST])
+    if config.getoption("--no-processes"):
+        left_out = [item for item in items if item.get_closest_marker("processes")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_processes(request: pytest.FixtureRequest) -> None:
+    """With `--no-processes` a test that starts one all the same fails, and says which it was."""
+
+    def refuse(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in STARTS_A_PROCESS:
+            raise AssertionError(f"starts a process ({event} {arguments[:2]}): mark it `processes`")
+
+    if request.config.getoption("--no-processes"):
+        sys.addaudithook(refuse)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,6 +58,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="fail when a test was skipped for anything but a missing GPU, or a system package that this "
         "user cannot install",
+    )
+    parser.addoption(
+        "--no-processes",
+        action="store_true",
+        help="leave out tests that start a process, which are marked",
     )
 
 

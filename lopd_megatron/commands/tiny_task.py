@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lopd_megatron.data.build_dataset import Document, write_dataset
+from lopd_megatron.data.build_dataset import write_dataset
+from lopd_megatron.data.documents import Document
 from lopd_megatron.errors import UserError
 from lopd_megatron.files import atomic_path, write_json
 from lopd_megatron.progress import log_line

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lopd_megatron.data.build_dataset import Document, column_of
 from lopd_megatron.data.column_files import checked_cast
+from lopd_megatron.data.documents import Document, column_of
 from lopd_megatron.data.store import ConcatDataset, DocumentColumns
 from lopd_megatron.records import COLUMNS
 

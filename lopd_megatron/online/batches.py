@@ -21,7 +21,7 @@ import numpy as np
 import torch.distributed as dist
 
 from lopd_megatron.config import RunConfig
-from lopd_megatron.data.build_dataset import Document, document_of
+from lopd_megatron.data.documents import Document, document_of
 from lopd_megatron.data.in_memory import memory_dataset
 from lopd_megatron.data.loader import StepBatch
 from lopd_megatron.data.order import Order

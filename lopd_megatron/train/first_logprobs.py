@@ -33,7 +33,7 @@ import torch.distributed as dist
 
 from lopd_megatron.config import RunConfig
 from lopd_megatron.data.alignment import AlignmentReport, Sample, compare, sample_indices
-from lopd_megatron.data.build_dataset import Document
+from lopd_megatron.data.documents import Document
 from lopd_megatron.data.in_memory import memory_dataset
 from lopd_megatron.data.loader import StepLoader
 from lopd_megatron.data.store import ConcatDataset, MappedDataset

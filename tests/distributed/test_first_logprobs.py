@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from lopd_megatron.data.build_dataset import Document, write_dataset
+from lopd_megatron.data.build_dataset import write_dataset
+from lopd_megatron.data.documents import Document
 from lopd_megatron.errors import UserError
 from lopd_megatron.fingerprints import model_fingerprint
 from lopd_megatron.lineage import Lineage

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from lopd_megatron.config import LossConfig
-from lopd_megatron.data.build_dataset import Document, write_dataset
+from lopd_megatron.data.build_dataset import write_dataset
+from lopd_megatron.data.documents import Document
 from lopd_megatron.loss.trained_tokens import TrainedTokens
 from tests.e2e.random_models import VOCABULARY, save_model
 

@@ -1,7 +1,6 @@
 """The report as its user gets it: written by the program, opened in a real browser without a network."""
 
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,13 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.helpers.browser import browse, needs_browser
 from tests.unit.report.sample_run import sample_run
 
 ROOT = Path(__file__).resolve().parents[2]
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_browser = pytest.mark.skipif(
-    BROWSER is None, reason="needs the Debian package chromium; `make system` installs it"
-)
 
 
 @pytest.fixture(scope="module")
@@ -23,20 +19,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = sample_run(tmp_path_factory.mktemp("report"))
     subprocess.run([sys.executable, "tools/make_report.py", str(run)], cwd=ROOT, check=True)
     return run / "report.html"
-
-
-def browse(folder: Path, *arguments: str) -> str:
-    """Run the browser with no way out to a network; what it printed."""
-    command = [BROWSER or "", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    command += [
-        "--proxy-server=127.0.0.1:9",
-        "--enable-logging=stderr",
-        f"--user-data-dir={folder / 'profile'}",
-    ]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=180, check=True)
-    # What the page itself complains of: a script error, a refused or failed load.
-    assert not re.search(r"CONSOLE|Refused|ERR_", done.stderr), done.stderr
-    return done.stdout
 
 
 @needs_browser

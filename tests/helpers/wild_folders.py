@@ -39,11 +39,15 @@ def random_model(kind: str, **settings: Any) -> Any:
     return getattr(transformers, f"{kind}ForCausalLM")(config).float()
 
 
-def write(out: Path) -> dict[str, str | None]:
-    """All folders below `out`."""
-    expected: dict[str, str | None] = {}
+class _Folders:
+    """The folders below `out`, and what is expected of each."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.expected: dict[str, str | None] = {}
 
     def save(
+        self,
         name: str,
         model: Any,
         refusal: str | None = None,
@@ -53,7 +57,7 @@ def write(out: Path) -> dict[str, str | None]:
         tensors: Callable[[Tensors], Tensors] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Path:
-        folder = out / name
+        folder = self.out / name
         model.to(dtype).save_pretrained(folder)
         model.float()
         stored = load_file(folder / "model.safetensors")
@@ -61,12 +65,23 @@ def write(out: Path) -> dict[str, str | None]:
         written = json.loads((folder / "config.json").read_text())
         written = {key: value for key, value in written.items() if key not in drop} | (config or {})
         (folder / "config.json").write_text(json.dumps(written))
-        expected[name] = refusal
+        self.expected[name] = refusal
         return folder
 
-    qwen3 = random_model("Qwen3", head_dim=16)
+
+def write(out: Path) -> dict[str, str | None]:
+    """All folders below `out`."""
+    folders = _Folders(out)
+    qwen3, llama = random_model("Qwen3", head_dim=16), random_model("Llama")
+    _of_other_configs(folders, qwen3, llama)
+    _of_other_tensors(folders, qwen3, llama)
+    _of_other_files(folders, qwen3)
+    return folders.expected
+
+
+def _of_other_configs(folders: _Folders, qwen3: Any, llama: Any) -> None:
+    save = folders.save
     tied = random_model("Qwen3", head_dim=16, tie_word_embeddings=True)
-    llama = random_model("Llama")
     other = torch.randn(211, 64) * 0.1
 
     save("tied_with_another_head", tied, f"{HEAD} differs", tensors=lambda t: t | {HEAD: other})
@@ -105,6 +120,11 @@ def write(out: Path) -> dict[str, str | None]:
     moe = {"head_dim": 16, "num_experts": 4, "moe_intermediate_size": 32, "norm_topk_prob": True}
     save("mixture_of_one", random_model("Qwen3Moe", num_experts_per_tok=1, **moe), "num_experts_per_tok=1")
     save("mixture", random_model("Qwen3Moe", num_experts_per_tok=2, **moe))
+
+
+def _of_other_tensors(folders: _Folders, qwen3: Any, llama: Any) -> None:
+    save = folders.save
+    out, other = folders.out, torch.randn(211, 64) * 0.1
     save("one_layer_too_many", qwen3, "model.layers.1", config={"num_hidden_layers": 1, "layer_types": None})
     save("one_layer_too_few", qwen3, "model.layers.2", config={"num_hidden_layers": 3, "layer_types": None})
     save("another_width", qwen3, "do not belong together", config={"intermediate_size": 64})
@@ -132,6 +152,10 @@ def write(out: Path) -> dict[str, str | None]:
     rounded = {name: stored[name].to(kinds[i % 3]) for i, name in enumerate(sorted(stored))}
     save_file(rounded, mixed / "model.safetensors", {"format": "pt"})
 
+
+def _of_other_files(folders: _Folders, qwen3: Any) -> None:
+    save = folders.save
+    out = folders.out
     sharded(save("one_shard", qwen3))
     stale = save("stale_index", qwen3, "transformers would read")
     shutil.copytree(stale, out / "_", dirs_exist_ok=True)
@@ -161,7 +185,6 @@ def write(out: Path) -> dict[str, str | None]:
     for name, change in DAMAGES.items():
         file = save(name, qwen3, "is no whole safetensors file") / "model.safetensors"
         file.write_bytes(change(file.read_bytes()))
-    return expected
 
 
 ROTARY = "model.layers.0.self_attn.rotary_emb"

@@ -41,6 +41,7 @@ def program(code: str, limit_s: float = 30.0) -> Any:
 DEVICE = 'import json; print(json.dumps({"tflops": 1, "machine": {"device": "FakeDevice"}}))'
 
 
+@pytest.mark.processes
 def test_a_failed_part_stops_nothing(tool: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     bench = tool("bench_gpu")
     monkeypatch.setattr(bench, "LEAST_S", 0.5)
@@ -77,6 +78,7 @@ def test_a_failed_part_stops_nothing(tool: Any, monkeypatch: pytest.MonkeyPatch,
     assert {outcome["device"] for outcome in found.values()} == {"FakeDevice"}
 
 
+@pytest.mark.processes
 def test_a_second_call_goes_on_where_the_first_stopped(
     tool: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -155,6 +157,7 @@ def world_of_one() -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.processes
 @pytest.mark.usefixtures("world_of_one")
 def test_the_head_of_a_gpu_in_small(tool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """`measure_cuda` on a CPU, where nothing is timed: its variants, precision and keys."""

@@ -315,6 +315,7 @@ def test_quoted_errors_are_those_of_the_programs(error: str) -> None:
         assert piece in source_text(), piece
 
 
+@pytest.mark.processes
 def test_the_dockerfile_has_no_lint() -> None:
     hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}")
     if hadolint is None:
@@ -323,6 +324,7 @@ def test_the_dockerfile_has_no_lint() -> None:
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.processes
 def test_the_script_that_installs_packages_has_no_lint() -> None:
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}")
     if shellcheck is None:

@@ -28,6 +28,7 @@ def run(what: str, path: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "what",
     [

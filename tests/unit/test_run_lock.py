@@ -31,6 +31,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "run" / ".train.lock"
 
 
+@pytest.mark.processes
 def test_a_second_writer_is_refused_by_name_and_a_killed_one_is_not_waited_for(path: Path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLD, path], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
@@ -82,6 +83,7 @@ def test_what_another_program_took_meanwhile_is_put_back(path: Path) -> None:
     assert (read_holder(path) or {})["id"] == "new"
 
 
+@pytest.mark.processes
 def test_a_holder_that_lost_its_lock_ends(path: Path) -> None:
     """As after an hour without network: another host has taken over."""
     code = f"import lopd_megatron.run_lock as l; l.BEAT_S = 0.1\n{HOLD}"

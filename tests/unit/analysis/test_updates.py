@@ -260,6 +260,7 @@ def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.processes
 def test_tool_analyzes(folders: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     series = [part for folder in folders[1:] for part in ("--checkpoint", folder)]

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lopd_megatron.data.build_dataset import Document
+from lopd_megatron.data.documents import Document
 from lopd_megatron.files import sha256_file
 from lopd_megatron.lineage import Lineage
 from lopd_megatron.records import ROLLOUT_SCHEMA, SCHEMA_VERSION, SCORE_SCHEMA

@@ -263,6 +263,7 @@ def peak_memory(source: Path, prefix: Path, report: Path) -> None:
     report.write_text(str(tracemalloc.get_traced_memory()[1] + arrow))
 
 
+@pytest.mark.processes
 def test_memory_does_not_grow_with_the_dataset(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     content = [[row(f"p{i}", [1] * 50, rng.integers(0, 99, 300).tolist()) for i in range(150)]]
@@ -327,6 +328,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         write_dataset(folder / "x", documents(1))
 
 
+@pytest.mark.processes
 def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
     """The kernel's own refusal: a child process with a limit on the size of files."""
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from lopd_megatron.data.build_dataset import Document, write_dataset
+from lopd_megatron.data.build_dataset import write_dataset
 from lopd_megatron.data.column_files import checked_cast, open_column
+from lopd_megatron.data.documents import Document
 from lopd_megatron.data.store import open_dataset
 from lopd_megatron.errors import UserError
 from lopd_megatron.records import COLUMNS
@@ -46,6 +47,7 @@ def test_megatron_reads_our_files(prefix: Path) -> None:
         assert np.array_equal(stock[index], ours.document(index)["tokens"])
 
 
+@pytest.mark.processes
 def test_a_view_outlives_its_dataset(prefix: Path) -> None:
     """Megatron unmaps under the views it gave out. When its line fails here, upstream has cured it."""
     assert forked(lambda: IndexedDataset(f"{prefix}.tokens")[3].sum()) == -signal.SIGSEGV

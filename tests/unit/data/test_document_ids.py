@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lopd_megatron.data.build_dataset import build_dataset, document_of, write_dataset
+from lopd_megatron.data.build_dataset import build_dataset, write_dataset
 from lopd_megatron.data.document_ids import DOCUMENT_IDS, encode_ids
+from lopd_megatron.data.documents import document_of
 from lopd_megatron.data.filters import Filters
 from lopd_megatron.data.held_out import HeldOut
 from lopd_megatron.data.in_memory import memory_dataset

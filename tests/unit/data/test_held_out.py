@@ -139,6 +139,7 @@ def test_a_small_dataset_says_that_it_keeps_none(tmp_path: Path, capsys: pytest.
     assert not manifest_path(tmp_path / "valid").exists()
 
 
+@pytest.mark.processes
 def test_killed_at_every_file_system_event(source: Path, ram_path: Path) -> None:
     """Both parts come out with the bytes of an undisturbed build, wherever it was killed."""
     report = ram_path / "events"

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from lopd_megatron.data.build_dataset import Document, write_dataset
+from lopd_megatron.data.build_dataset import write_dataset
+from lopd_megatron.data.documents import Document
 from lopd_megatron.data.in_memory import memory_dataset
 from lopd_megatron.data.loader import StepLoader
 from lopd_megatron.data.store import ConcatDataset, open_dataset

@@ -42,6 +42,7 @@ def prefix(tmp_path: Path) -> Path:
     return tmp_path / "train"
 
 
+@pytest.mark.processes  # Matplotlib asks for the fonts of a machine once
 def test_everything_at_once(inspect: Tool, prefix: Path, tmp_path: Path) -> None:
     assert inspect(prefix, "--verify", "--documents", "0,29", "--plots", tmp_path / "plots") == 0
     assert "30 documents" in inspect.out

@@ -18,6 +18,8 @@ from lopd_megatron.data.manifest import manifest_path
 from lopd_megatron.data.store import open_dataset
 from tests.unit.data.samples import documents, files_of, forked, random_rows, write_shards
 
+pytestmark = pytest.mark.processes
+
 # File-system events that Python announces to audit hooks; writes between two of them leave the same files.
 EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.mkdir"}
 

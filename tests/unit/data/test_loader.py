@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lopd_megatron.data.build_dataset import Document, write_dataset
+from lopd_megatron.data.build_dataset import write_dataset
+from lopd_megatron.data.documents import Document
 from lopd_megatron.data.loader import FIELDS, StepBatch, StepLoader
 from lopd_megatron.data.store import ConcatDataset, open_dataset
 from lopd_megatron.errors import UserError

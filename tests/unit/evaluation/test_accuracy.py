@@ -10,6 +10,7 @@ from lopd_megatron.evaluation.accuracy import summarize
 from lopd_megatron.evaluation.grading import GRADERS
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("grader", "response", "reason", "answer", "extracted", "correct"),
     [

@@ -11,6 +11,8 @@ from lopd_megatron.evaluation.answers import find_answers
 from lopd_megatron.evaluation.grading import GRADERS
 from lopd_megatron.evaluation.grading_process import ELAPSED_SECONDS, GradingProcess
 
+pytestmark = pytest.mark.processes
+
 grade = GRADERS["math_verify"]
 
 SAME = r"""

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from lopd_megatron.config import RunConfig
-from lopd_megatron.data.build_dataset import Document, write_dataset
+from lopd_megatron.data.build_dataset import write_dataset
+from lopd_megatron.data.documents import Document
 from lopd_megatron.errors import UserError
 from lopd_megatron.evaluation.measure import main
 from lopd_megatron.rollouts import shard_files

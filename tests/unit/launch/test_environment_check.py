@@ -9,6 +9,8 @@ from packaging.version import Version
 
 from lopd_megatron.launch import environment_check
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parents[3]
 
 

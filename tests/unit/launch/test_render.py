@@ -21,6 +21,8 @@ from lopd_megatron.launch import sbatch, shell
 from lopd_megatron.launch.stages import chain, stages
 from lopd_megatron.recipes import qwen3_32b
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parents[3]
 HERE = Path(__file__).parent
 RUNS = ["recipes/qwen3_32b.py:sft", "recipes/qwen3_32b.py:lightning_opd"]

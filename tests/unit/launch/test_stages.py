@@ -141,6 +141,7 @@ def test_a_shell_has_one_node() -> None:
         shell.run(stages(config, "r"))
 
 
+@pytest.mark.processes
 def test_shell_stops_at_the_first_failure_and_repeats_early_stops(tmp_path: Path) -> None:
     done = tmp_path / "done"
     twice = f"echo x >> {done}; [ $(wc -l < {done}) -ge 3 ] || exit 85"

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 LAUNCH = [sys.executable, "-m", "lopd_megatron.launch.torchrun", "--standalone", "--nproc-per-node", "2"]
 
 WORKER = """

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from lopd_megatron.parallel import prepare_megatron
@@ -16,6 +17,7 @@ def test_cuda_literals_land_on_the_cpu() -> None:
     assert torch.ones(2).type() == "torch.FloatTensor"  # only Megatron's own files see torch.cuda.*
 
 
+@pytest.mark.processes
 def test_meta_device_still_works_when_the_backend_came_first() -> None:
     """transformers builds on the meta device; when that failed it kept random weights without a word."""
     program = (

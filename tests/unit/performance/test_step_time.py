@@ -222,6 +222,7 @@ def test_a_row_that_cannot_be_known_is_named(changes: dict[str, str], message: s
         parse_row(fields(**changes))
 
 
+@pytest.mark.processes
 def test_the_bench_names_unknown_rows_and_ends_with_one_object(tmp_path: Path) -> None:
     table = tmp_path / "held_out.csv"
     rows = [fields(), fields(model="Secret-1T"), dict.fromkeys(fields(), "")]

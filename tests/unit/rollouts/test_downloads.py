@@ -50,6 +50,7 @@ def test_other_columns_are_one_line(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.processes
 def test_without_a_network_it_is_one_line(tmp_path: Path) -> None:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
     command = [sys.executable, "-m", "lopd_megatron", "data", "aime24", "--output", str(tmp_path / "x.jsonl")]

@@ -153,6 +153,7 @@ def test_an_expired_lease_is_taken_and_a_live_one_is_waited_for(
     assert time.monotonic() - start > 0.2
 
 
+@pytest.mark.processes
 def test_a_lease_of_a_dead_process_is_free_at_once(tmp_path: Path) -> None:
     leases = Leases(tmp_path)
     child = os.fork()

@@ -223,6 +223,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.processes
 def test_the_disk_s_own_error_survives_torch_s_serializer(tmp_path: Path) -> None:
     path = tmp_path / "__0_0.distcp"
     ran = subprocess.run([sys.executable, "-c", FULL_DISK, path], capture_output=True, text=True)

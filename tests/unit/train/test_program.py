@@ -43,6 +43,7 @@ for rank, main in enumerate(MAINS):
 """
 
 
+@pytest.mark.processes
 def test_exit_codes_and_messages_of_a_rank() -> None:
     """Each rank a fork of a process that has imported torch."""
     done = subprocess.run([sys.executable, "-c", RANKS], capture_output=True, text=True)
@@ -65,6 +66,7 @@ def test_out_of_memory_says_what_to_change() -> None:
     assert "\n" not in text
 
 
+@pytest.mark.processes
 def test_dry_run_touches_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lopd_megatron.train", "--recipe", "recipes/tiny.py:lightning_opd"]
     done = subprocess.run(
