@@ -145,7 +145,9 @@ def other_configs(model: str, folder: str) -> list[str]:
     for name, change in (("num_hidden_layers", -1), ("intermediate_size", 8), ("vocab_size", -8)):
         other = Path(folder) / name
         other.mkdir()
-        (other / "config.json").write_text(json.dumps(stored | {name: stored[name] + change, "layer_types": None}))
+        (other / "config.json").write_text(
+            json.dumps(stored | {name: stored[name] + change, "layer_types": None})
+        )
         spec = student_spec(str(other), config)
         with pytest.raises(UserError) as error:
             CheckpointTensors(checkpoint, spec).read(next(iter(weight_table(spec).values())))
