@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import resource
+import time
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -44,6 +46,7 @@ class LogHook(Hook):
 
     def on_start(self, trainer: Trainer) -> None:
         self.peak_flops = device_peak_flops()
+        self.first, self.started = trainer.iteration, time.monotonic()
         if trainer.topology.rank == 0:
             self.writers = open_writers(trainer.config, trainer.iteration)
             log_line(
@@ -64,7 +67,15 @@ class LogHook(Hook):
             if "valid_k2" in metrics:  # only the gradient of such a loss means something
                 metrics.pop("valid_loss")
             shown = "  ".join(form.format(metrics[name]) for name, form in _LINE if name in metrics)
-            log_line(f"iteration {trainer.iteration}/{trainer.config.train.train_iters}  {shown}")
+            total = trainer.config.train.train_iters
+            log_line(
+                f"iteration {trainer.iteration}/{total}  {shown}  {self._left(trainer.iteration, total)}"
+            )
+
+    def _left(self, iteration: int, total: int) -> str:
+        """The time that the other iterations take, if they take what those of this start took on average."""
+        seconds = (time.monotonic() - self.started) / (iteration - self.first) * (total - iteration)
+        return f"{timedelta(seconds=round(seconds))} left"
 
     def on_end(self, trainer: Trainer) -> None:
         for writer in self.writers:
