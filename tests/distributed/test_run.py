@@ -243,6 +243,8 @@ def crafted(inputs: str, folder: str) -> None:
     from lopd_megatron.train import checkpoint_state
 
     config = tiny_config(Path(inputs), Path(folder) / "crafted")
+    # A random state for each rank: of two replicas, Megatron-Core 0.19 lets one read it, and the other waits.
+    config.parallel.tensor_model_parallel_size = 2
     proof = Path(folder) / f"ran {dist.get_rank()}"
     trainer = tiny_trainer(config)
     advance(trainer, 1)
