@@ -28,6 +28,7 @@ from lopd_megatron.progress import log_line
 DESCRIPTION = "checkpoint.json"
 LATEST = "latest_checkpointed_iteration.txt"
 HASH_SUFFIX = ".sha256"
+REFUSED_PREFIX = ".refused_"
 PARALLEL_READS = 8
 
 
@@ -50,8 +51,14 @@ class HashingFile(io.BufferedWriter):
             self._digest.update(data)
             return super().write(data)
         except OSError as error:
-            self._error = self._error or OSError(error.errno, error.strerror, self._path)
+            self._keep(error)
             raise
+
+    def _keep(self, error: OSError) -> None:
+        """The first error, also as an empty file: Megatron-Core 0.19 tells nothing of it but its class."""
+        self._error = self._error or OSError(error.errno, error.strerror, self._path)
+        with contextlib.suppress(OSError):
+            Path(self._path).with_name(f"{REFUSED_PREFIX}{error.errno}").touch()
 
     def fileno(self) -> int:
         self.flush()  # Megatron calls fsync on it
@@ -61,7 +68,7 @@ class HashingFile(io.BufferedWriter):
         try:
             self.close()
         except OSError as error:
-            self._error = self._error or OSError(error.errno, error.strerror, self._path)
+            self._keep(error)
         if self._error:
             raise self._error
         if raised[0] is None:
@@ -217,11 +224,12 @@ def damage(path: Path, description: dict[str, Any], names: Iterable[str] | None 
 def disk_problem(folder: Path, error: BaseException) -> str | None:
     """What the file system refused when `error` was raised, with advice; None where it was something else.
 
-    An error of a writer process arrives as text; torch's serializer keeps nothing of it. Then a small file
-    in `folder` shows whether the disk still takes one.
+    An error of a writer process arrives as text, or as a file of its number; torch's serializer keeps nothing
+    of it. Then a small file in `folder` shows whether the disk still takes one.
     """
+    kept = [path.name for path in folder.glob(f"{REFUSED_PREFIX}*")]
     found = re.search(r"\[Errno (\d+)\]", "".join(traceback.format_exception(error)))
-    number = int(found[1]) if found else None
+    number = int(kept[0].removeprefix(REFUSED_PREFIX)) if kept else int(found[1]) if found else None
     if number is None:
         try:
             with (folder / ".probe").open("wb") as probe:
