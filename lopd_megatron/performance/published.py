@@ -14,7 +14,7 @@ from lopd_megatron.performance.hardware import find_gpu
 from lopd_megatron.performance.published_models import PUBLISHED_MODELS
 from lopd_megatron.performance.shapes import ModelShape
 from lopd_megatron.performance.software import Software
-from lopd_megatron.performance.step_time import Layout, Step, StepModel
+from lopd_megatron.performance.step_time import Layout, Step, StepModel, least_bytes
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
 THROUGHPUT = BENCHMARKS / "published_throughput.csv"
@@ -41,6 +41,8 @@ class Row:
 
     model: str
     system: str
+    kind: str
+    """pre-training, sft or lora."""
     label: str
     step: Step
     tokens_per_second: float
@@ -103,11 +105,17 @@ def parse_row(fields: dict[str, str]) -> Row:
         software=software,
         frozen=kind == "lora",
     )
+    needed = least_bytes(step)
+    if needed > gpu.memory:
+        raise UserError(
+            f"weights, gradients and optimizer of a rank take {needed / 1e9:.0f} GB, {gpu.name} has "
+            f"{gpu.memory / 1e9:.0f} GB: the run had another layout than the table says"
+        )
     label = (
         f"{release} {gpu.name} {name} {kind} {precision} TP{layout.tp} PP{layout.pp} CP{layout.cp} "
         f"VP{layout.vp} EP{layout.ep} MBS{micro}"
     )
-    return Row(name.removesuffix("-no-mtp"), gpu.name, label, step, published)
+    return Row(name.removesuffix("-no-mtp"), gpu.name, kind, label, step, published)
 
 
 def model_key(text: str) -> str:

@@ -22,23 +22,23 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def layout_correlations(rows: Sequence[Row], predicted: Sequence[float]) -> dict[str, tuple[int, float]]:
-    """(number, Spearman's correlation) for every model and system with at least four different runs.
+    """(number, Spearman's correlation) for every model, system and kind of training with at least four runs.
 
-    Rows of one layout, precision and software are one run: their means over releases are compared, for the
-    releases between them differ by what no layout says.
+    Rows of one layout, precision and software are one run: their means over releases are compared, because
+    releases differ by what no layout says. Pretraining, SFT and LoRA are different work, not other layouts.
     """
-    runs: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    runs: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for row, value in zip(rows, predicted, strict=True):
         software = row.step.software
         run = (
             f"{row.label.split(' ', 1)[1]} {software.graphs} {software.dispatcher} {software.overlap_experts}"
         )
-        runs[row.model, row.system][run].append((row.tokens_per_second, value))
+        runs[f"{row.model} {row.system} {row.kind}"][run].append((row.tokens_per_second, value))
     found = {}
-    for (model, system), members in sorted(runs.items()):
+    for name, members in sorted(runs.items()):
         means = [np.mean(pairs, axis=0) for pairs in members.values()]
         if len(means) >= ENOUGH:
-            found[f"{model} {system}"] = (
+            found[name] = (
                 len(means),
                 spearman([m[0] for m in means], [m[1] for m in means]),
             )

@@ -208,12 +208,12 @@ class StepModel:
     def _update(self, step: Step, device: Device, slowest: _Stage) -> dict[str, float]:
         """Gradient reduction, parameter gather and optimizer of the fullest stage."""
         layout, software = step.layout, step.software
-        dense, expert = self._rank_parameters(step)
+        dense, expert = rank_parameters(step)
         if step.frozen:
             return {"step": self.constants.step}
         dense_ranks = layout.dp * layout.cp
         expert_ranks = layout.gpus // (layout.pp * layout.ep * layout.etp)
-        parameter = 1.0 if step.precision in ("fp8_cs", "fp8_ds", "mxfp8") else 2.0
+        parameter = weight_bytes(step.precision)
         stride = layout.tp
         expert_stride = layout.ep * layout.etp
 
@@ -239,13 +239,34 @@ class StepModel:
             "step": self.constants.step,
         }
 
-    def _rank_parameters(self, step: Step) -> tuple[float, float]:
-        """(parameters outside experts, of experts) that one rank of a stage holds, on average."""
-        shape, layout = step.shape, step.layout
-        dense = float(shape.vocab * shape.hidden * (1 if shape.tied else 2))
-        expert = 0.0
-        for layer, count in shape.kinds.items():
-            own, mixture = shape.layer_parameters(layer)
-            dense += own * count
-            expert += mixture * count
-        return dense / (layout.tp * layout.pp), expert / (layout.pp * layout.ep * layout.etp)
+
+def rank_parameters(step: Step) -> tuple[float, float]:
+    """(parameters outside experts, of experts) that one rank of a stage holds, on average."""
+    shape, layout = step.shape, step.layout
+    dense = float(shape.vocab * shape.hidden * (1 if shape.tied else 2))
+    expert = 0.0
+    for layer, count in shape.kinds.items():
+        own, mixture = shape.layer_parameters(layer)
+        dense += own * count
+        expert += mixture * count
+    return dense / (layout.tp * layout.pp), expert / (layout.pp * layout.ep * layout.etp)
+
+
+def weight_bytes(precision: str) -> float:
+    """Bytes of one weight as ranks hold and gather it: FP8 runs keep FP8, NVFP4 runs bfloat16."""
+    return 1.0 if precision in ("fp8_cs", "fp8_ds", "mxfp8") else 2.0
+
+
+def least_bytes(step: Step) -> float:
+    """Bytes that a rank cannot do without: weights, bfloat16 gradients, its share of 12 optimizer bytes.
+
+    Activations are not in it, so a run that needs more than a GPU has cannot have taken place.
+    """
+    parameters = sum(rank_parameters(step))
+    weights = weight_bytes(step.precision)
+    ranks = step.layout.dp * step.layout.cp
+    if step.frozen:
+        return parameters * weights / (ranks if step.software.fsdp else 1)
+    if step.software.fsdp:
+        return parameters * (weights + 14.0) / ranks
+    return parameters * (weights + 2.0 + 12.0 / ranks)

@@ -16,7 +16,7 @@ from typing import Any
 
 from lopd_megatron.errors import run_program
 from lopd_megatron.files import write_json
-from lopd_megatron.performance.constants import FIT
+from lopd_megatron.performance.constants import FIT, Constants
 from lopd_megatron.performance.fit import fit, leave_one_out, log_ratios, summary
 from lopd_megatron.performance.published import THROUGHPUT, read_rows
 from lopd_megatron.progress import log_line
@@ -32,9 +32,9 @@ def main() -> None:
     rows, unknown = read_rows(options.csv)
     for line in unknown:
         log_line(line)
-    constants = fit(rows)
+    constants = Constants(**{name: float(f"{value:.4g}") for name, value in asdict(fit(rows)).items()})
     result: dict[str, Any] = {
-        "constants": {name: float(f"{value:.4g}") for name, value in asdict(constants).items()},
+        "constants": asdict(constants),
         "rows": len(rows),
         "table": options.csv.name,
         "fitted": summary(log_ratios(rows, constants)),

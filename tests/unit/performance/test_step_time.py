@@ -10,7 +10,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from lopd_megatron.config import RunConfig
@@ -43,12 +42,19 @@ def test_the_fit_meets_its_goals_on_the_published_runs() -> None:
     rows, unknown = read_rows(THROUGHPUT)
     found = summary(log_ratios(rows, Constants.fitted()))
     kept = json.loads(FIT.read_text())
-    assert (len(rows), unknown) == (175, [])
+    assert len(rows) == 174
+    assert [line.split(":")[1] for line in unknown] == ["113"]
     assert found == kept["fitted"], "run: python tools/bench/fit_step_time.py"
     assert found["median_abs_rel_error"] <= 0.08
     assert found["p90_abs_rel_error"] <= 0.20
     assert kept["leave_one_model_out"]["median_abs_rel_error"] <= 0.12
     assert kept["leave_one_model_out"]["p90_abs_rel_error"] <= 0.30
+
+
+def test_a_layout_that_no_gpu_can_hold_is_no_run() -> None:
+    """A published row: Llama 3 70B with TP1 PP1 on a GB300, whose weights and gradients take 282 GB alone."""
+    (line,) = read_rows(THROUGHPUT)[1]
+    assert "take 295 GB, GB300 has 278 GB" in line
 
 
 def test_a_fit_without_the_models_of_a_row_is_another_fit() -> None:
@@ -71,7 +77,10 @@ def test_published_flops_are_those_of_the_shapes() -> None:
         for fields in csv.DictReader(file):
             if fields["kind"] == "lora" or fields["model"].startswith("GPT OSS"):
                 continue
-            step = parse_row(fields).step
+            try:
+                step = parse_row(fields).step
+            except UserError:  # the row that no GPU can hold
+                continue
             published = (
                 1e12 * float(fields["model_tflops_per_gpu"]) / float(fields["tokens_per_second_per_gpu"])
             )
@@ -250,10 +259,8 @@ def test_rank_correlation() -> None:
     assert math.isnan(spearman([1, 2, 3], [5, 5, 5]))
     rows, _ = read_rows(THROUGHPUT)
     found = layout_correlations(rows, [row.predicted(MODEL) for row in rows])
-    assert len(found) >= 4
-    assert np.median([value for _, value in found.values()]) >= 0.8
-    # GB300 llama3-70b: its table has a row without interleaving that is as fast as one with it
-    assert min(value for _, value in found.values()) >= 0.7
+    assert len(found) >= 3
+    assert min(value for _, value in found.values()) >= 0.8
 
 
 def test_gpus_by_the_names_that_torch_gives() -> None:
